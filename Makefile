@@ -3,6 +3,7 @@ PYTHON ?= python3
 RUN ?= demo
 PRESET ?= demo
 BIN = .venv/bin
+README ?= README.md
 RUNS = data/runs
 export MPLBACKEND = agg
 export PLOTLY_RENDERER = plotly_mimetype
@@ -35,3 +36,22 @@ experiment:
 
 lab: .venv/core
 	$(BIN)/python -m jupyterlab --ip=127.0.0.1 nbs
+
+# Everything proven: notebooks, then pytest (browser included, once there is one); the time of each part is printed
+test: .venv/dev
+	@if command -v chromium >/dev/null; then echo "chromium: $$(command -v chromium)"; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "installing chromium by apt"; apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation >/dev/null; else echo "no chromium, and no right to install it: browser tests will be skipped (apt-get install chromium)"; fi
+	@began=$$(date +%s); $(BIN)/nbdev-test --n-workers 2 --timing && echo "notebooks: $$(($$(date +%s) - began)) s"
+	@began=$$(date +%s); $(BIN)/python -m pytest --durations 10 && echo "pytest: $$(($$(date +%s) - began)) s"
+
+bench: .venv/dev
+	$(BIN)/python -m pytest tests --benchmark-only --benchmark-columns=min,median,max,ops -s
+
+# The committed sample dataset, made again: the same bytes
+sample: .venv/core
+	$(BIN)/python -c "from worldmodels_nb.episodes import make_sample; print(make_sample())"
+
+readme: .venv/core
+	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g" > $(README)
+
+export: .venv/core
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

@@ -375,7 +375,7 @@ def _to_install(id: str) -> str:
     missing = extra is not None and importlib.util.find_spec(extra[1]) is None
     return f'{id} needs an extra: pip install "worldmodels_nb[{extra[0]}]"' if missing else ""
 
-# %% ../nbs/01_envs.ipynb #d155d4e9
+# %% ../nbs/01_envs.ipynb #c1b92971
 def find_spec(
     id: str,  # a Gymnasium id, perhaps "module:id" to import a module first
 ) -> gym.envs.registration.EnvSpec:
@@ -387,7 +387,8 @@ def find_spec(
             if package: importlib.import_module(package)
     except ImportError as error: raise EnvError(f"setting 'env.id' is {id!r}, but {error}; install that package, or mend the id") from error
     if name in gym.registry: return gym.registry[name]
-    near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=.6)
+    short = {id.split("/")[-1]: id for id in reversed(gym.registry)}  # a forgotten namespace is the commonest slip
+    near = [short[match] for match in difflib.get_close_matches(name.split("/")[-1], short)]
     hints = [f"near ones are {', '.join(near)}"] if near else ["gymnasium.pprint_registry() lists what there is"]
     hints += [needs for needs in map(_to_install, near) if needs][:1]
     raise EnvError(f"setting 'env.id' is {id!r}, which is not a known environment; {'; '.join(hints)}")
@@ -431,7 +432,13 @@ class _Frames:
         "An action as the environment wants it."
         return np.asarray(action, np.float32) if self.action.kind == "continuous" else action + self.first_action
 
-# %% ../nbs/01_envs.ipynb #64abe6df
+# %% ../nbs/01_envs.ipynb #e437a964
+@patch
+def _ask(self: _Frames, call: Callable, *args, **kwargs):
+    "Call into the environment; whatever it raises becomes an `EnvError`."
+    try: return call(*args, **kwargs)
+    except Exception as error: raise EnvError(f"{self.settings.id} raised {type(error).__name__}: {error}") from error
+
 @patch
 def _frames(self: _Frames, images: np.ndarray) -> np.ndarray:
     "Frames of the settings' size and colour from pictures (..., H, W, C)."
@@ -444,7 +451,7 @@ def _state(self: _Frames, observation, info: dict) -> np.ndarray | None:
     state = np.asarray(self.reader.read(self.env, observation, info))
     return state if state.dtype == np.uint8 else state.astype(np.float32)
 
-# %% ../nbs/01_envs.ipynb #8b537cb7
+# %% ../nbs/01_envs.ipynb #eccee94d
 class FrameEnv(_Frames):
     "One environment as frames: what a policy sees, and what a model learns from."
     def __init__(
@@ -453,10 +460,6 @@ class FrameEnv(_Frames):
     ):
         self.env, self.shape = make_env(settings), None
         super().__init__(settings, self.env.action_space, self.env.observation_space)
-
-    def _ask(self, call: Callable, *args, **kwargs):
-        try: return call(*args, **kwargs)
-        except Exception as error: raise EnvError(f"{self.settings.id} raised {type(error).__name__}: {error}") from error
 
     def _see(self, observation, info: dict) -> tuple[np.ndarray, np.ndarray | None]:
         image = observation if self.settings.source == "observation" else self._ask(self.env.render)
@@ -517,14 +520,14 @@ class FrameVector(_Frames):
         except Exception as error: raise EnvError(f"{settings.id} cannot be made with env.kwargs = {settings.kwargs}: {error}") from error
         super().__init__(settings, self.env.single_action_space, self.env.single_observation_space)
 
-# %% ../nbs/01_envs.ipynb #526b163d
+# %% ../nbs/01_envs.ipynb #bd3ec623
 @patch
 def reset(
     self: FrameVector,
     seeds: list[int],  # one per environment
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    "Begin an episode in each: frames uint8 (n, C, h, w), states (n, S) or None."
-    observation, info = self.env.reset(seed=seeds)
+    "Begin an episode in each: frames uint8 (n, C, h, w), states (n, S) or None. Raises `EnvError`."
+    observation, info = self._ask(self.env.reset, seed=seeds)
     return self._frames(observation), self._state(observation, info)
 
 @patch
@@ -533,10 +536,10 @@ def step(
     actions: np.ndarray,           # (n,) or (n, A)
     draw: Callable | None = None,  # gives the further actions that `env.frame_skip` asks for
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    "One decision in each: frames, summed rewards (n,), states."
+    "One decision in each: frames, summed rewards (n,), which may be no numbers, and states. Raises `EnvError`."
     total = np.zeros(len(actions))
     for one in self._actions(actions, draw):
-        observation, rewards, _, _, info = self.env.step(self._native(one))
+        observation, rewards, _, _, info = self._ask(self.env.step, self._native(one))
         total += rewards
     return self._frames(observation), total.astype(np.float32), self._state(observation, info)
 

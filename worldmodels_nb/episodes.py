@@ -8,11 +8,12 @@ __all__ = ['PARTIAL', 'SCHEMA', 'RECORD', 'SAMPLE', 'DatasetError', 'DataSpec', 
            'Dataset', 'open_dataset', 'verify', 'determining', 'dataset_name', 'write_dataset', 'make_dataset',
            'sample_dataset', 'make_sample', 'Batch', 'Windows', 'to_minari', 'from_minari']
 
-# %% ../nbs/03_episodes.ipynb #cbca1286
+# %% ../nbs/03_episodes.ipynb #e616ed4f
 import copy, hashlib, json, os, re, shutil, socket, tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 import gymnasium as gym
@@ -23,7 +24,7 @@ from torch import Tensor
 from . import __version__
 from .settings import Settings, make_settings, repo_root, write_whole
 from .envs import ActionSpec, FrameEnv, action_spec, to_frames
-from .collect import Episode, gather
+from .collect import Episode, agent_folder, gather
 
 # %% ../nbs/03_episodes.ipynb #17931e8b
 class DatasetError(ValueError):
@@ -312,15 +313,16 @@ def verify(
     if content_hash(dataset.info) != dataset.hash: raise DatasetError(f"{dataset.folder / RECORD} was altered: its content hash is not the recorded one")
     return dataset
 
-# %% ../nbs/03_episodes.ipynb #907659cc
+# %% ../nbs/03_episodes.ipynb #a91cb88b
 def determining(
     settings: Settings,  # resolved settings
 ) -> dict[str, dict]:    # {section: {key: value}}
     "The settings that decide what is in a dataset: two that agree in these share one."
     which = dict(env=settings.env.model_dump(), collect=settings.collect.model_dump(exclude={"workers"}), run=dict(seed=settings.run.seed))
     if settings.collect.policy == "ppo":
-        which |= dict(ppo=settings.ppo.model_dump(), model=dict(frame_stack=settings.model.frame_stack))
-        if settings.ppo.load: which["ppo"]["sha256"] = file_hash(_absolute(settings.ppo.load))  # another agent under the same name
+        which |= dict(ppo=settings.ppo.model_dump(exclude={"subprocesses"}), model=dict(frame_stack=settings.model.frame_stack))
+        weights = agent_folder(settings) / "weights.safetensors"
+        if settings.ppo.load and weights.is_file(): which["ppo"]["sha256"] = file_hash(weights)  # not another agent under the same name
     return json.loads(json.dumps(which))
 
 def dataset_name(
@@ -373,7 +375,7 @@ def make_dataset(
     dataset.origin = origin
     return dataset
 
-# %% ../nbs/03_episodes.ipynb #0b01a8e6
+# %% ../nbs/03_episodes.ipynb #d2d081cb
 SAMPLE = "data/sample/tworooms"  # relative to the repository root
 
 def sample_dataset() -> Dataset:
@@ -387,7 +389,7 @@ def make_sample(
     folder = _absolute(folder)
     temporary = start_partial(folder)
     try:
-        write_dataset(make_settings({"collect": {"episodes": 8, "steps": 11}, "run": {"seed": 360}}), temporary / "new", progress=False)
+        write_dataset(make_settings({"collect": {"episodes": 8, "steps": 11}, "run": {"seed": 16}}), temporary / "new", progress=False)
         if folder.exists(): os.rename(folder, temporary / "old")
         os.rename(temporary / "new", folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)
@@ -481,7 +483,7 @@ def sample(
     "Windows drawn at random, with replacement. Which ones is a function of seed and step alone."
     return self.batch(np.random.default_rng([seed, step]).integers(len(self), size=batch_size))
 
-# %% ../nbs/03_episodes.ipynb #d50c4275
+# %% ../nbs/03_episodes.ipynb #fbde94b1
 def _minari_storage():
     try:
         import h5py
@@ -498,29 +500,29 @@ def _env_spec(env: dict) -> "gym.envs.registration.EnvSpec | None":
     if spec is not None: spec.kwargs.update(env["kwargs"])
     return spec
 
-# %% ../nbs/03_episodes.ipynb #474f03af
+def _minari_buffers(dataset: Dataset) -> Iterator:
+    from minari.data_collector import EpisodeBuffer
+    for e in map(dataset.episode, range(len(dataset))):
+        ends = np.arange(len(e.actions)) == len(e.actions) - 1
+        yield EpisodeBuffer(observations=np.moveaxis(e.frames, 1, -1), actions=e.actions, rewards=e.rewards, terminations=ends & e.terminated,
+                            truncations=ends & (not e.terminated), infos=None if e.states is None else {"state": e.states})
+
+# %% ../nbs/03_episodes.ipynb #ddc1e582
 def to_minari(
     dataset: Dataset,    # what to export
     folder: str | Path,  # a Minari dataset folder; must not exist
 ) -> Path:               # the folder
     "Export as a Minari dataset (HDF5, lossless), one episode in memory at a time. Raises `DatasetError`, and `FileExistsError`."
-    from minari import __version__ as minari_version
-    from minari.data_collector import EpisodeBuffer
     folder, storage = Path(folder), _minari_storage()
     if folder.exists(): raise FileExistsError(f"{folder} is there already")
-    def buffers():
-        for e in map(dataset.episode, range(len(dataset))):
-            ends = np.arange(len(e.actions)) == len(e.actions) - 1
-            yield EpisodeBuffer(observations=np.moveaxis(e.frames, 1, -1), actions=e.actions, rewards=e.rewards, terminations=ends & e.terminated,
-                                truncations=ends & (not e.terminated), infos=None if e.states is None else {"state": e.states})
     C, h, w = dataset.spec.frame_shape
     with disk_errors(folder):
         temporary = start_partial(folder)
         try:
             made = storage.new(temporary, gym.spaces.Box(0, 255, (h, w, C), np.uint8), _action_space(dataset.spec.action),
                                _env_spec(dataset.info["settings"].get("env", {})), "hdf5", jpeg_encoding=False)
-            made.update_metadata(dict(dataset_id=f"{folder.name}-v0", minari_version=minari_version, worldmodels_nb=dataset.info))
-            made.update_episodes(buffers())
+            made.update_metadata(dict(dataset_id=f"{folder.name}-v0", minari_version=version("minari"), worldmodels_nb=dataset.info))
+            made.update_episodes(_minari_buffers(dataset))
             os.chmod(temporary, 0o755); os.rename(temporary, folder)
         finally: shutil.rmtree(temporary, ignore_errors=True)
     return folder

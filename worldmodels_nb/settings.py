@@ -136,7 +136,7 @@ class DecoderSettings(Section):
     patch_size: int = knob(8, "side of a patch it paints", "px", ge=1, le=64)
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
-# %% ../nbs/00_settings.ipynb #b16b59ab
+# %% ../nbs/00_settings.ipynb #adaab890
 class PredictorSettings(Section):
     "The latent predictor: from a latent and an action to the next latent."
     type: Literal["gru", "mlp"] = knob("gru", "a GRU cell whose state is the latent, or a residual MLP")
@@ -151,23 +151,23 @@ class JepaSettings(Section):
 
 class LossSettings(Section):
     "Weights of the terms; 0 switches a term off (and it is not computed)."
-    prediction: float = knob(1.0, "squared error of predicted latents", ge=0)
+    prediction: float = knob(8.0, "squared error of predicted latents", ge=0)
     variance: float = knob(16.0, "VICReg hinge: each coordinate keeps a standard deviation", ge=0)
-    covariance: float = knob(8.0, "VICReg: coordinates do not repeat each other", ge=0)
+    covariance: float = knob(0.06, "VICReg: coordinates do not repeat each other; it grows with model.latent_dim", ge=0)
     smoothness: float = knob(12.0, "neighbours in time stay near", ge=0)
     inverse: float = knob(1.0, "the action can be read from two neighbouring latents", ge=0)
     auxiliary: float = knob(0.0, "share of the anti-collapse terms added to pixel models", ge=0)
     std_target: float = knob(1.0, "γ: standard deviation the hinge asks for", gt=0)
     eps: float = knob(1e-4, "keeps the root's slope finite at zero variance", gt=0, lt=1)
 
-# %% ../nbs/00_settings.ipynb #865cbfbc
+# %% ../nbs/00_settings.ipynb #234ff51e
 class TrainingSettings(Section):
     "One recipe for every trained part."
     steps: int = knob(600, "gradient steps", "steps", ge=1)
     epochs: float | None = knob(None, "passes over the training windows, in place of steps; null uses steps", "epochs", gt=0)
     batch_size: int = knob(64, "windows per step", "windows", ge=2)
     window: int = knob(8, "T: actions in a window", "steps", ge=1)
-    learning_rate: float = knob(1e-3, "AdamW's largest step size", gt=0, le=1)
+    learning_rate: float = knob(2e-3, "AdamW's largest step size", gt=0, le=1)
     weight_decay: float = knob(1e-4, "AdamW's pull to zero; norms and biases are spared", ge=0, le=1)
     warmup: float = knob(0.05, "share of steps over which the rate rises", "share", ge=0, le=1)
     schedule: Literal["cosine", "constant"] = knob("cosine", "what the rate does after warming up")

@@ -45,7 +45,7 @@ class Trainable(nn.Module):
     ) -> None:
         "Called after each optimiser step; does nothing unless a model needs it."
 
-# %% ../../nbs/20_models.base.ipynb #a4e8d1eb
+# %% ../../nbs/20_models.base.ipynb #794ee496
 class WorldModel(Trainable):
     "Encodes frames to latents and rolls latents forward under actions; all that downstream code may use."
     context_length = 1                  # steps of history `rollout` looks at
@@ -57,12 +57,23 @@ class WorldModel(Trainable):
     ):
         super().__init__()
         self.frame_stack, self.spec = settings.model.frame_stack, spec
+        self.register_buffer("mean_frame", torch.zeros(spec.frame_shape))   # (C, h, w), 0…1
+        self.register_buffer("frame_scale", torch.ones(()))                 # standard deviation of what is left
+
+    def calibrate(self,
+        frames: Tensor,      # uint8 (n, C, h, w): some hundred training frames
+    ) -> "WorldModel":       # itself
+        "Learn what frames look like on average; to be called once, before training."
+        x = frames_to_float(frames)
+        self.mean_frame.copy_(x.mean(0))
+        self.frame_scale.copy_((x - self.mean_frame).std().clamp(min=1e-3))
+        return self
 
     def prepare(self,
         frames: Tensor,      # uint8 (B, F-1+T, C, h, w)
-    ) -> Tensor:             # float (B, T, F·C, h, w) in [-1, 1]
+    ) -> Tensor:             # float (B, T, F·C, h, w), centred and scaled
         "Bytes to stacks of floats: the only place where frames stop being bytes."
-        return stack_frames(frames_to_float(frames), self.frame_stack)
+        return stack_frames((frames_to_float(frames) - self.mean_frame) / self.frame_scale, self.frame_stack)
 
     def encode(self,
         frames: Tensor,        # uint8 (B, F-1+T, C, h, w)

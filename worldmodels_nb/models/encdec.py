@@ -19,7 +19,7 @@ from ..nn.encoders import build_encoder
 from ..nn.layers import ActionEmbedding
 from ..settings import Settings
 
-# %% ../../nbs/21_models.encdec.ipynb #1f50c183
+# %% ../../nbs/21_models.encdec.ipynb #116c9f88
 @register("encdec")
 class EncoderDecoder(WorldModel):
     "Encoder, embedded action, transformer decoder: predicts the next frame in pixels."
@@ -28,11 +28,10 @@ class EncoderDecoder(WorldModel):
         spec: DataSpec,      # shapes of frames and actions
     ):
         super().__init__(settings, spec)
-        channels, size, _ = spec.frame_shape
         self.encoder = build_encoder(settings, spec.frame_shape)
-        with torch.no_grad(): self.latent_shape = tuple(self.encoder(torch.zeros(1, channels * self.frame_stack, size, size)).shape[1:])
+        self.latent_shape = self.encoder.latent_shape
         self.action = ActionEmbedding(spec.action, settings.model.latent_dim)
-        self.decoder = TransformerDecoder(settings.model.latent_dim, channels * self.frame_stack, size, settings.decoder)
+        self.decoder = TransformerDecoder(settings.model.latent_dim, spec.frame_shape[0] * self.frame_stack, spec.frame_shape[1], settings.decoder)
         self.weights = settings.loss.model_dump()
         self.auxiliary = AntiCollapse(self.latent_shape, spec.action, settings.loss) if settings.loss.auxiliary else None
 
@@ -46,11 +45,11 @@ class EncoderDecoder(WorldModel):
     def paint(self,
         z: Tensor,       # (B, N, D)
         action: Tensor,  # (B,) or (B, A)
-    ) -> Tensor:         # (B, F·C, h, w), about 0…1
+    ) -> Tensor:         # (B, F·C, h, w), centred and scaled as `prepare` does
         "The next stack of frames, painted."
         return self.decoder(torch.cat([z, self.action(action)[:, None]], dim=1))
 
-# %% ../../nbs/21_models.encdec.ipynb #87f5adb7
+# %% ../../nbs/21_models.encdec.ipynb #3aa2ed72
 @patch
 def loss(self: EncoderDecoder,
     batch: Batch,  # windows
@@ -59,20 +58,20 @@ def loss(self: EncoderDecoder,
     stacks = self.prepare(batch.frames)                                      # (B, T+1, F·C, h, w)
     z = self.encoder(stacks[:, :-1].flatten(0, 1))                           # (B·T, N, D)
     painted = self.paint(z, batch.actions.flatten(0, 1))                     # (B·T, F·C, h, w)
-    terms = dict(pixels=F.mse_loss(painted, stacks[:, 1:].flatten(0, 1) * 0.5 + 0.5))
+    terms = dict(pixels=F.mse_loss(painted, stacks[:, 1:].flatten(0, 1)))
     if self.auxiliary is not None:
         terms |= self.auxiliary(z.unflatten(0, (len(stacks), -1)), batch.actions[:, :-1])
     return weighted(terms, {k: w * self.weights["auxiliary"] for k, w in self.weights.items()} | dict(pixels=1.0))
 
-# %% ../../nbs/21_models.encdec.ipynb #83c161dc
+# %% ../../nbs/21_models.encdec.ipynb #ae2065bd
 @patch
 def _dream(self: EncoderDecoder, z: Tensor, actions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     stack, channels = None, self.spec.frame_shape[0]
     for action in actions.unbind(1):
-        painted = self.paint(z, action).clamp(0, 1)                          # (B, F·C, h, w)
+        painted = self.paint(z, action)                                      # (B, F·C, h, w)
         stack = painted if stack is None else torch.cat([stack[:, channels:], painted[:, -channels:]], dim=1)
-        z = self.encoder(stack * 2 - 1)                                      # (B, N, D)
-        yield z, stack[:, -channels:]
+        z = self.encoder(stack)                                              # (B, N, D)
+        yield z, (stack[:, -channels:] * self.frame_scale + self.mean_frame).clamp(0, 1)
 
 @patch
 def rollout(self: EncoderDecoder,

@@ -18,7 +18,7 @@ from ..nn.encoders import build_encoder
 from ..nn.predictors import build_predictor
 from ..settings import Settings
 
-# %% ../../nbs/23_models.jepa.ipynb #c7301d53
+# %% ../../nbs/23_models.jepa.ipynb #7089770e
 @register("jepa")
 class JEPA(WorldModel):
     "Joint-embedding predictive world model: predicts latents, kept apart by anti-collapse terms."
@@ -27,9 +27,8 @@ class JEPA(WorldModel):
         spec: DataSpec,      # shapes of frames and actions
     ):
         super().__init__(settings, spec)
-        channels, size, _ = spec.frame_shape
         self.encoder = build_encoder(settings, spec.frame_shape)
-        with torch.no_grad(): self.latent_shape = tuple(self.encoder(torch.zeros(1, channels * self.frame_stack, size, size)).shape[1:])
+        self.latent_shape = self.encoder.latent_shape
         self.predictor = build_predictor(settings.model.latent_dim, spec.action, settings.model.action_dim, settings.predictor)
         self.regularizer = AntiCollapse(self.latent_shape, spec.action, settings.loss)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False) if settings.jepa.target == "ema" else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .layers import ACTIVATIONS, Block, mlp
 from ..settings import Settings, SettingsError
 
-# %% ../../nbs/11_nn.encoders.ipynb #7f58f040
+# %% ../../nbs/11_nn.encoders.ipynb #2ea93022
 class PatchEncoder(nn.Module):
     "A p×p stride-p convolution, a 3×3 stride-2 one, and a linear readout: the fast encoder for a CPU."
     def __init__(self,
@@ -26,13 +26,14 @@ class PatchEncoder(nn.Module):
         self.convs = nn.Sequential(nn.Conv2d(channels, width, s.model.patch_size, s.model.patch_size), nn.ReLU(),
                                    nn.Conv2d(width, width, 3, 2, 1), nn.ReLU())
         self.readout = TokenReadout(width, grid, s.model.latent_dim, s.model.tokens)
+        self.latent_shape = self.readout.latent_shape
 
     def forward(self,
         x: Tensor,   # (B, F·C, h, w)
     ) -> Tensor:     # (B, N, D)
         return self.readout(self.convs(x))
 
-# %% ../../nbs/11_nn.encoders.ipynb #5d42219a
+# %% ../../nbs/11_nn.encoders.ipynb #9bb22bc3
 class TokenReadout(nn.Module):
     "A grid of features to one latent, or to one latent per cell; layer-normed."
     def __init__(self,
@@ -47,7 +48,7 @@ class TokenReadout(nn.Module):
         self.tokens, into = tokens, width if tokens else width * grid**2
         self.linear = nn.Sequential(nn.Dropout(dropout), mlp([into] + ([hidden] if hidden else []) + [dim]))
         self.norm = nn.LayerNorm(dim)
-        self.n_tokens = grid**2 if tokens else 1
+        self.latent_shape = (grid**2 if tokens else 1, dim)
 
     def forward(self,
         x: Tensor,  # (B, width, grid, grid)
@@ -55,7 +56,7 @@ class TokenReadout(nn.Module):
         x = rearrange(x, "b c h w -> b (h w) c") if self.tokens else x.flatten(1).unsqueeze(1)
         return self.norm(self.linear(x))
 
-# %% ../../nbs/11_nn.encoders.ipynb #00059153
+# %% ../../nbs/11_nn.encoders.ipynb #9c74ee56
 class CnnEncoder(nn.Module):
     "Stride-2 convolutions, each doubling the channels, and a linear readout."
     def __init__(self,
@@ -72,6 +73,7 @@ class CnnEncoder(nn.Module):
             if side < 1: raise SettingsError(f"cnn.layers = {c.layers} shrinks a frame of {size} px to nothing at layer {i + 1}; use fewer layers or a smaller cnn.stride")
         self.convs = nn.Sequential(*layers)
         self.readout = TokenReadout(width, side, s.model.latent_dim, s.model.tokens, c.hidden, c.dropout)
+        self.latent_shape = self.readout.latent_shape
 
     def forward(self,
         x: Tensor,   # (B, F·C, h, w)
@@ -90,7 +92,7 @@ def sincos_positions(
     one = torch.cat([angle.sin(), angle.cos()], dim=1)                  # (grid, D/2)
     return torch.cat([one.repeat_interleave(grid, 0), one.repeat(grid, 1)], dim=1)
 
-# %% ../../nbs/11_nn.encoders.ipynb #1d5fa6c8
+# %% ../../nbs/11_nn.encoders.ipynb #fa14b246
 class VitEncoder(nn.Module):
     "Patch tokens through transformer blocks; pooled by a class token or the mean, or left as tokens."
     def __init__(self,
@@ -105,6 +107,7 @@ class VitEncoder(nn.Module):
         self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if v.pool == "cls" and not s.model.tokens else None
         self.blocks = nn.ModuleList(Block(dim, v.heads, v.mlp_dim, v.dropout) for _ in range(v.depth))
         self.drop, self.norm, self.pool = nn.Dropout(v.emb_dropout), nn.LayerNorm(dim), not s.model.tokens
+        self.latent_shape = (1 if self.pool else grid**2, dim)
 
     def forward(self,
         x: Tensor,   # (B, F·C, h, w)
@@ -116,7 +119,7 @@ class VitEncoder(nn.Module):
         if self.pool: x = x[:, :1] if self.cls is not None else x.mean(1, keepdim=True)
         return self.norm(x)
 
-# %% ../../nbs/11_nn.encoders.ipynb #8a25b932
+# %% ../../nbs/11_nn.encoders.ipynb #435d2cf4
 class MlpEncoder(nn.Module):
     "All pixels in one vector, through linear layers."
     def __init__(self,
@@ -129,19 +132,20 @@ class MlpEncoder(nn.Module):
         m = s.mlp
         self.net = mlp([channels * size**2] + [m.hidden] * m.layers + [s.model.latent_dim], m.activation, m.dropout)
         self.norm = nn.LayerNorm(s.model.latent_dim)
+        self.latent_shape = (1, s.model.latent_dim)
 
     def forward(self,
         x: Tensor,   # (B, F·C, h, w)
     ) -> Tensor:     # (B, 1, D)
         return self.norm(self.net(x.flatten(1))).unsqueeze(1)
 
-# %% ../../nbs/11_nn.encoders.ipynb #98417168
+# %% ../../nbs/11_nn.encoders.ipynb #fb5a2138
 ENCODERS = dict(patch=PatchEncoder, cnn=CnnEncoder, vit=VitEncoder, mlp=MlpEncoder)
 
 def build_encoder(
     settings: Settings,            # model.encoder names it; its own section shapes it
     frame_shape: tuple[int, int, int],  # (C, h, w) of single frames; h = w
-) -> nn.Module:                    # (B, F·C, h, w) -> (B, N, D)
+) -> nn.Module:                    # (B, F·C, h, w) -> (B, N, D); its `latent_shape` is (N, D)
     "A fresh encoder for stacked frames. Raises `SettingsError`."
     channels, height, width = frame_shape
     if height != width: raise SettingsError(f"frames of {height}×{width} px are not square; set env.size and collect again")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..envs import ActionSpec
 
-# %% ../../nbs/10_nn.layers.ipynb #696bf56b
+# %% ../../nbs/10_nn.layers.ipynb #83df772d
 def frames_to_float(
     frames: Tensor,  # uint8, any shape
-) -> Tensor:         # float32 in [-1, 1], same shape
-    "Bytes 0…255 to numbers -1…1."
-    return frames.float().div_(127.5).sub_(1)
+) -> Tensor:         # float32 in [0, 1], same shape
+    "Bytes 0…255 to numbers 0…1."
+    return frames.float().div_(255)
 
 # %% ../../nbs/10_nn.layers.ipynb #80c0910e
 def stack_frames(

@@ -24,7 +24,7 @@ from ..settings import TrainingSettings, seed_everything, write_whole
 from .fit import Callback, Run, TrainingError, differences, fit, in_steps, load_weights, save_weights
 from ..viz import save_figure
 
-# %% ../../nbs/31_training.callbacks.ipynb #3f96c7f9
+# %% ../../nbs/31_training.callbacks.ipynb #fd9b6fc5
 READ_EVERY = 10  # steps between readings of numbers from the device
 
 def on_host(
@@ -33,6 +33,7 @@ def on_host(
     "Read many scalars with one transfer."
     return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist()))
 
+# %% ../../nbs/31_training.callbacks.ipynb #f7e0eb88
 class Progress(Callback):
     "A bar with the rate, the time left and the loss."
     def __init__(self,
@@ -42,15 +43,19 @@ class Progress(Callback):
         self.label, self.file = label, file
 
     def on_start(self, run: Run) -> None:
+        "Draw the bar; after a restart it begins where the run does."
         self.bar = tqdm(total=run.settings.steps, initial=run.step, desc=self.label, unit="step", file=self.file)
 
     def on_step(self, run: Run) -> None:
+        "Move it by one."
         if run.due(READ_EVERY): self.bar.set_postfix(on_host({"loss": run.losses.total}), refresh=False)
         self.bar.update()
 
-    def on_end(self, run: Run) -> None: self.bar.close()
+    def on_end(self, run: Run) -> None:
+        "Leave it standing, finished."
+        self.bar.close()
 
-# %% ../../nbs/31_training.callbacks.ipynb #7518e785
+# %% ../../nbs/31_training.callbacks.ipynb #79eb6893
 def read_metrics(
     path: str | Path,  # a metrics.jsonl, perhaps still being written
 ) -> list[dict[str, float]]:
@@ -66,16 +71,18 @@ class Metrics(Callback):
         self.path, self.every = path, every
 
     def on_start(self, run: Run) -> None:
+        "Cut off rows of steps that will be done again."
         rows = read_metrics(self.path) if self.path.exists() else []
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step))
 
     def on_step(self, run: Run) -> None:
+        "Append a row, if it is time for one."
         if not run.log and not run.due(self.every): return
         terms = {"train/total": run.losses.total, **{f"train/{name}": term for name, term in run.losses.terms.items()}, "grad_norm": run.grad_norm}
         run.log = {"lr": run.learning_rate, "seconds": round(run.seconds, 3), **on_host(terms), **run.log}
         with open(self.path, "a", encoding="utf-8") as file: file.write(json.dumps({"step": run.step, **run.log}) + "\n")
 
-# %% ../../nbs/31_training.callbacks.ipynb #7bf33990
+# %% ../../nbs/31_training.callbacks.ipynb #d5e786ad
 def generator_states(
     device: torch.device,  # where the model is
 ) -> dict[str, Tensor]:    # by device type, uint8
@@ -91,6 +98,7 @@ def restore_generators(
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states: torch.get_device_module(device).set_rng_state(states[device.type])
 
+# %% ../../nbs/31_training.callbacks.ipynb #48646a56
 @contextmanager
 def aside(
     model: nn.Module,  # has at least one parameter
@@ -106,7 +114,7 @@ def aside(
         for module, mode in modes.items(): module.training = mode
         restore_generators(states, device)
 
-# %% ../../nbs/31_training.callbacks.ipynb #13a36bd7
+# %% ../../nbs/31_training.callbacks.ipynb #cb6e0097
 def fixed_parts(
     windows: int,     # how many there are
     batch_size: int,  # at most so many in one part
@@ -116,6 +124,7 @@ def fixed_parts(
     chosen = np.random.default_rng(0).permutation(windows)[:batch_size * batches]
     return np.array_split(chosen, math.ceil(len(chosen) / batch_size))
 
+# %% ../../nbs/31_training.callbacks.ipynb #d0cb7e76
 class Validation(Callback):
     "The loss on fixed windows, as `val/…` in `run.log`. Raises `TrainingError` if it is not finite."
     def __init__(self,
@@ -126,6 +135,7 @@ class Validation(Callback):
         self.parts = fixed_parts(len(windows), settings.batch_size, settings.validation_batches)
 
     def on_step(self, run: Run) -> None:
+        "Validate, if it is time."
         if not run.due(self.every): return
         device, sums = run.grad_norm.device, {}
         with aside(run.model):
@@ -138,7 +148,7 @@ class Validation(Callback):
             raise TrainingError(f"step {run.step}: {bad[-1]} is not finite; look for broken validation data. Last good checkpoint: {run.checkpoint or 'none'}")
         run.log |= values
 
-# %% ../../nbs/31_training.callbacks.ipynb #72f05e7d
+# %% ../../nbs/31_training.callbacks.ipynb #61947bb3
 class BestWeights(Callback):
     "Writes the weights whenever `val/total` falls by more than delta below the best so far."
     def __init__(self,
@@ -148,15 +158,22 @@ class BestWeights(Callback):
         self.path, self.delta = path, delta
 
     def on_start(self, run: Run) -> None:
+        "Nothing is best yet, unless a restart knows better."
         run.kept = {"best_value": math.inf, "best_step": 0, "waited": 0, **run.kept}
 
     def on_step(self, run: Run) -> None:
+        "Compare, wherever there was a validation."
         if "val/total" not in run.log: return
         run.kept["waited"] += 1
         if run.log["val/total"] < run.kept["best_value"] - self.delta:
             run.kept.update(best_value=run.log["val/total"], best_step=run.step, waited=0)
             save_weights(run.model, self.path)
 
+    def on_end(self, run: Run) -> None:
+        "A run that was stopped before its first validation keeps what it has."
+        if not run.kept["best_step"]: save_weights(run.model, self.path)
+
+# %% ../../nbs/31_training.callbacks.ipynb #e63bc571
 class EarlyStopping(Callback):
     "Ends the run after so many validations without improvement; stands after `BestWeights`."
     def __init__(self,
@@ -165,10 +182,11 @@ class EarlyStopping(Callback):
         self.patience = patience
 
     def on_step(self, run: Run) -> None:
+        "Stop, if patience is at its end."
         if self.patience and run.kept["waited"] >= self.patience:
             run.stop = f"no improvement since step {run.kept['best_step']} in {self.patience} validations"
 
-# %% ../../nbs/31_training.callbacks.ipynb #cdd13a4f
+# %% ../../nbs/31_training.callbacks.ipynb #6ba532b8
 STATE_SCHEMA = 1
 
 class Checkpoint(Callback):
@@ -181,6 +199,7 @@ class Checkpoint(Callback):
         self.path, self.every, self.recipe = path, every, dict(recipe)
 
     def on_step(self, run: Run) -> None:
+        "Write, if it is time or the run is to stop."
         if not run.stop and not run.due(self.every): return
         state = {"schema_version": STATE_SCHEMA, "recipe": self.recipe, "step": run.step, "stop": run.stop, "kept": run.kept, "seconds": run.seconds,
                  "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "generators": generator_states(run.grad_norm.device)}
@@ -189,7 +208,7 @@ class Checkpoint(Callback):
         write_whole(self.path, buffer.getvalue())
         run.checkpoint = f"{self.path} (step {run.step})"
 
-# %% ../../nbs/31_training.callbacks.ipynb #199ce548
+# %% ../../nbs/31_training.callbacks.ipynb #1a743fb8
 def read_state(
     path: Path,  # a state.pt
 ) -> dict:       # what `Checkpoint` put there, on the CPU
@@ -201,6 +220,7 @@ def read_state(
         raise TrainingError(f"{path} is no checkpoint of this version; delete it to start this training over")
     return state
 
+# %% ../../nbs/31_training.callbacks.ipynb #09fa5442
 def check_recipe(
     found: Mapping[str, object],   # what a folder was trained with
     wanted: Mapping[str, object],  # what it is to be trained with now
@@ -209,8 +229,10 @@ def check_recipe(
     "Refuse to mix two recipes in one folder. Raises `TrainingError` naming the first setting that differs."
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise TrainingError(f"{folder} was trained with {key} = {found.get(key)!r}, and now it is {value!r}; set it back, use another folder, or start over with resume=False")
+            raise TrainingError(f"{folder} was trained with {key} = {found.get(key)!r}, and now it is {value!r}; "
+                                "set it back, use another folder, or start over with resume=False")
 
+# %% ../../nbs/31_training.callbacks.ipynb #bb9093a2
 class Resume(Callback):
     "Takes up the run from a checkpoint, if there is one; stands first."
     def __init__(self,
@@ -220,18 +242,20 @@ class Resume(Callback):
         self.path, self.recipe = path, dict(recipe)
 
     def on_start(self, run: Run) -> None:
+        "Restore everything. Raises `TrainingError` if file, recipe or model do not fit."
         if not self.path.exists(): return
         state, device = read_state(self.path), next(run.model.parameters()).device
         check_recipe(state["recipe"], self.recipe, self.path.parent)
         if unlike := differences(state["model"], run.model.state_dict()):
             raise TrainingError(f"{self.path} belongs to another {type(run.model).__name__}: {unlike}; use another folder, or start over with resume=False")
         run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        try: run.optimizer.load_state_dict(state["optimizer"])
+        except ValueError: raise TrainingError(f"{self.path}: other parameters are trained now than then; freeze the same parts, or start over with resume=False") from None
         restore_generators(state["generators"], device)
         run.step, run.stop, run.kept, run.checkpoint = state["step"], state["stop"], state["kept"], f"{self.path} (step {state['step']})"
         run.began -= state["seconds"]
 
-# %% ../../nbs/31_training.callbacks.ipynb #91db4f3f
+# %% ../../nbs/31_training.callbacks.ipynb #5128240e
 class NaNGuard(Callback):
     "Stops a run at the first loss, term or gradient that is not finite, before it reaches the weights. Raises `TrainingError`."
     def __init__(self,
@@ -240,9 +264,11 @@ class NaNGuard(Callback):
         self.every = every
 
     def on_start(self, run: Run) -> None:
+        "Nothing is bad yet."
         self.good, self.names = run.step, []
 
     def before_update(self, run: Run) -> None:
+        "Note on the device whether all is finite, and keep AdamW from using what is not."
         watched = {**run.losses.terms, "total": run.losses.total, "gradient norm": run.grad_norm}
         values = torch.stack([value.detach().float() for value in watched.values()])    # (terms + 2,)
         if list(watched) != self.names:                                                 # first step, or a term came or went
@@ -253,29 +279,33 @@ class NaNGuard(Callback):
         run.optimizer.found_inf = (~self.finite.all()).float()                          # 1: AdamW changes nothing
 
     def on_step(self, run: Run) -> None:
+        "Look at the note, if it is time."
         if run.due(self.every): self._look(run)
 
     def _look(self, run):
         if not self.names or self.finite.all(): return
         bad = [name for name, finite in zip(self.names, self.finite.tolist()) if not finite]
-        raise TrainingError(f"step {int(self.good) + 1}: {bad[0]} is not finite, and the weights are still those of step {int(self.good)}. Last good checkpoint: "
-                            f"{run.checkpoint or 'none'}. Lower training.learning_rate (now {run.settings.learning_rate}) and train into another folder, or look for broken data")
+        raise TrainingError(f"step {int(self.good) + 1}: {bad[0]} is not finite, and the weights are still those of step {int(self.good)}. "
+                            f"Last good checkpoint: {run.checkpoint or 'none'}. Lower training.learning_rate (now {run.settings.learning_rate}) "
+                            "and train into another folder, or look for broken data")
 
-# %% ../../nbs/31_training.callbacks.ipynb #136a6bb9
+# %% ../../nbs/31_training.callbacks.ipynb #5f0d6a9f
 class Pictures(Callback):
     "Writes a picture every so many steps, and at the last, as `step_000200.png`."
     def __init__(self,
         folder: Path,                      # made when the first picture is
         picture: Callable[[int], Figure],  # draws the model as it is at a step
         every: int,                        # steps between pictures, ≥ 1
+        name: str = "step",                # the files' first word
     ):
-        self.folder, self.picture, self.every = folder, picture, every
+        self.folder, self.picture, self.every, self.name = folder, picture, every, name
 
     def on_step(self, run: Run) -> None:
+        "Draw, if it is time."
         if not run.due(self.every): return
         with aside(run.model): figure = self.picture(run.step)
-        self.folder.mkdir(exist_ok=True)
-        save_figure(figure, self.folder / f"step_{run.step:06d}.png")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_figure(figure, self.folder / f"{self.name}_{run.step:06d}.png")
 
 # %% ../../nbs/31_training.callbacks.ipynb #341499e7
 def standard_callbacks(
@@ -294,9 +324,9 @@ def standard_callbacks(
             *([Pictures(folder / "pictures", picture, settings.picture_every)] if picture and settings.picture_every else []),
             Metrics(folder / "metrics.jsonl"), *callbacks, Checkpoint(state, settings.checkpoint_every, recipe)]
 
-# %% ../../nbs/31_training.callbacks.ipynb #2f23efc4
+# %% ../../nbs/31_training.callbacks.ipynb #c0c868bf
 RESULT_SCHEMA = 1
-FILES = ("result.json", "state.pt", "metrics.jsonl", "weights.safetensors")
+FILES = ("result.json", "state.pt", "metrics.jsonl", "weights.safetensors", "pictures/step_*.png")
 
 def read_result(
     folder: str | Path,  # where `train` wrote
@@ -308,17 +338,23 @@ def read_result(
     if result.get("schema_version") != RESULT_SCHEMA: raise TrainingError(f"{path} is of another version; start over with resume=False")
     return result
 
+def _tidy(folder: Path, resume: bool) -> None:
+    hidden = [str(Path(name).parent / f".{Path(name).name}.*") for name in FILES]  # half-written by a process that was killed
+    for pattern in hidden if resume else (*FILES, *hidden):
+        for path in folder.glob(pattern): path.unlink(missing_ok=True)
+
+# %% ../../nbs/31_training.callbacks.ipynb #b59580ea
 def _write_result(run: Run, folder: Path, recipe: Mapping[str, object]) -> dict:
     weights = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
     result = {"schema_version": RESULT_SCHEMA, "model": type(run.model).__name__, "steps": run.step, "stopped_early": bool(run.stop), "reason": run.stop,
-              "best_step": run.kept["best_step"], "best_value": run.kept["best_value"], "seconds": round(run.seconds, 3),
+              "best_step": run.kept["best_step"] or run.step, "best_value": run.kept["best_value"] if run.kept["best_step"] else None, "seconds": round(run.seconds, 3),
               "trainable_parameters": count_parameters(run.model),
               "parameters": {name: sum(p.numel() for p in child.parameters()) for name, child in run.model.named_children()},
               "weights": weights, "recipe": dict(recipe)}
     write_whole(folder / "result.json", json.dumps(result, indent=1))
     return result
 
-# %% ../../nbs/31_training.callbacks.ipynb #554e01ec
+# %% ../../nbs/31_training.callbacks.ipynb #c828be5c
 def train(
     model: Trainable,            # freshly made; afterwards it holds the best weights, in evaluation mode
     train_windows: Windows,      # what to learn from
@@ -335,8 +371,7 @@ def train(
     "Train, or go on, or reuse what is finished. Raises `TrainingError`, `WeightsError`."
     folder, settings = Path(folder), in_steps(settings, len(train_windows))
     recipe = {f"training.{key}": value for key, value in settings.model_dump().items()} | {"run.seed": seed, "training windows": len(train_windows)}
-    if not resume:
-        for name in FILES: (folder / name).unlink(missing_ok=True)
+    _tidy(folder, resume)
     if (result := read_result(folder)) is not None: check_recipe(result["recipe"], recipe, folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from ..episodes import Batch
 from ..models.base import LossTerms, Trainable
 from ..settings import TrainingSettings, write_whole
 
-# %% ../../nbs/30_training.fit.ipynb #b34cf6ab
+# %% ../../nbs/30_training.fit.ipynb #cb44e236
 class TrainingError(ValueError):
     "Training cannot start or go on; one sentence says why, and how to mend it."
 
@@ -30,7 +30,7 @@ def learning_rate(
 ) -> float:                      # step size of this update
     "Warm up in a straight line, then half a cosine to zero (or stay constant)."
     warm = round(settings.warmup * steps)
-    if step < warm: return settings.learning_rate * (step + 1) / warm
+    if step < warm: return settings.learning_rate * ((step + 1) / warm)
     if settings.schedule == "constant": return settings.learning_rate
     return settings.learning_rate / 2 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
@@ -58,7 +58,7 @@ def make_optimizer(
     return torch.optim.AdamW([{"params": groups[False], "weight_decay": settings.weight_decay},
                               {"params": groups[True], "weight_decay": 0.0}], lr=settings.learning_rate, fused=True)
 
-# %% ../../nbs/30_training.fit.ipynb #8b7a366b
+# %% ../../nbs/30_training.fit.ipynb #155b0bbe
 @dataclass
 class Run:
     "What the loop is doing right now; every callback is handed it."
@@ -76,12 +76,15 @@ class Run:
     began: float = field(default_factory=time.perf_counter)  # clock reading at step 0, moved by a restart
 
     @property
-    def seconds(self) -> float: return time.perf_counter() - self.began
+    def seconds(self) -> float:
+        "Seconds of training so far, those before a restart included."
+        return time.perf_counter() - self.began
 
     def due(self, every: int) -> bool:
         "Whether something done every so many steps, and at the last one, is to be done now."
         return self.step % every == 0 or self.step == self.settings.steps
 
+# %% ../../nbs/30_training.fit.ipynb #7730181d
 class Callback:
     "Watches a run at four moments; a subclass fills in those it cares for."
     def on_start(self, run: Run) -> None: "Before the first step; a restart moves `run.step` here."
@@ -89,7 +92,7 @@ class Callback:
     def on_step(self, run: Run) -> None: "After each update."
     def on_end(self, run: Run) -> None: "After the last step, or the one that set `run.stop`."
 
-# %% ../../nbs/30_training.fit.ipynb #5f22ca37
+# %% ../../nbs/30_training.fit.ipynb #c80d2adb
 def fit(
     model: Trainable,                 # anything with loss(batch) and after_step(step, steps)
     sample: Callable[[int], Batch],   # the batch of a step; a pure function of it
@@ -98,15 +101,13 @@ def fit(
     device: str | torch.device = "cpu",  # where to compute
 ) -> Run:                             # the run as it ended; the model is trained in place
     "Train by one plain loop. Raises `TrainingError` if nothing can be trained."
-    model.to(device).train()
-    run = Run(model, make_optimizer(model, settings), settings)
+    run = Run(model.to(device).train(), make_optimizer(model, settings), settings)
     for callback in callbacks: callback.on_start(run)
     while run.step < settings.steps and not run.stop:
         run.log, run.learning_rate = {}, learning_rate(run.step, settings.steps, settings)
         for group in run.optimizer.param_groups: group["lr"] = run.learning_rate
-        batch = sample(run.step).to(device)
         run.optimizer.zero_grad()
-        run.losses = model.loss(batch)
+        run.losses = model.loss(sample(run.step).to(device))
         run.losses.total.backward()
         run.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         for callback in callbacks: callback.before_update(run)
@@ -152,18 +153,19 @@ def save_weights(
     write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
 
-# %% ../../nbs/30_training.fit.ipynb #c79e362f
+# %% ../../nbs/30_training.fit.ipynb #5713bc14
 def differences(
     found: Mapping[str, Tensor],   # tensors by name, as read
     wanted: Mapping[str, Tensor],  # tensors by name, as the model has them
 ) -> str:                          # empty if they fit
     "Say which tensors do not fit, the first three by name."
-    def kind(t): return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-    said = [f"{name} is {kind(found[name])}, the model's is {kind(t)}" if name in found else f"{name} is missing"
-            for name, t in wanted.items() if name not in found or kind(found[name]) != kind(t)]
+    def _kind(t): return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+    said = [f"{name} is {_kind(found[name])}, the model's is {_kind(t)}" if name in found else f"{name} is missing"
+            for name, t in wanted.items() if name not in found or _kind(found[name]) != _kind(t)]
     said += [f"the model has no {name}" for name in found if name not in wanted]
     return "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if len(said) > 3 else "")
 
+# %% ../../nbs/30_training.fit.ipynb #247cfe08
 def load_weights(
     model: nn.Module,           # changed in place, or not at all
     path: str | Path,           # a file by `save_weights`
