@@ -35,6 +35,13 @@ class Watch(Callback):
     def on_step(self, run): self.marks.append(time.perf_counter())
 
 
+def report(benchmark, ours, floor):
+    "Note the ratio of medians; judge by the lower quartiles, which a busy machine disturbs less."
+    benchmark.extra_info |= dict(ratio=round(np.median(ours) / np.median(floor), 3), quartile_ratio=round(np.quantile(ours, .25) / np.quantile(floor, .25), 3),
+                                 milliseconds=round(1000 * np.median(ours), 1))
+    assert np.quantile(ours, .25) <= 1.05 * np.quantile(floor, .25)
+
+
 def test_a_step_through_windows_costs_at_most_a_twentieth_more_than_on_one_preloaded_batch(benchmark, stored):
     "Steps of the two kinds take turns in one run, so that whatever else the machine does falls on both alike."
     settings = load_settings()
@@ -44,9 +51,7 @@ def test_a_step_through_windows_costs_at_most_a_twentieth_more_than_on_one_prelo
     torch.manual_seed(0)
     benchmark.pedantic(lambda: fit(JEPA(settings, SPEC), lambda step: windows.sample(recipe.batch_size, 0, step) if step % 2 else loaded, recipe, [watch]), rounds=1)
     seconds = np.diff(watch.marks)[10:]
-    from_disk, preloaded = np.median(seconds[1::2]), np.median(seconds[::2])
-    benchmark.extra_info |= dict(ratio=round(from_disk / preloaded, 3), milliseconds=round(1000 * from_disk, 1))
-    assert from_disk <= 1.05 * preloaded
+    report(benchmark, seconds[1::2], seconds[::2])
 
 
 def test_the_guard_costs_next_to_nothing(benchmark, stored):
@@ -58,9 +63,7 @@ def test_the_guard_costs_next_to_nothing(benchmark, stored):
             if run.step % 2: super().before_update(run)
     benchmark.pedantic(lambda: fit(JEPA(settings, SPEC), lambda step: loaded, recipe, [EverySecond(), watch]), rounds=1)
     seconds = np.diff(watch.marks)[10:]
-    guarded, free = np.median(seconds[1::2]), np.median(seconds[::2])
-    benchmark.extra_info |= dict(ratio=round(guarded / free, 3))
-    assert guarded <= 1.05 * free
+    report(benchmark, seconds[1::2], seconds[::2])
 
 
 def test_encoding_a_dataset(benchmark, stored, tmp_path):

@@ -13,6 +13,7 @@ from worldmodels_nb.episodes import DataSpec, EpisodeWriter, Windows, open_datas
 from worldmodels_nb.models.base import WorldModel, build_model
 from worldmodels_nb.models.encdec import EncoderDecoder
 from worldmodels_nb.models.jepa import JEPA
+from worldmodels_nb.nn.layers import frames_to_float, stack_frames
 from worldmodels_nb.settings import load_settings
 from worldmodels_nb.training import latents as module
 from worldmodels_nb.training.latents import LatentsError, cache_name, encode_dataset
@@ -42,7 +43,8 @@ class Tiny(WorldModel):
         self.linear, self.drop = nn.Linear(frame_stack * 36, 10), nn.Dropout(0.5)
     def encode(self, frames):
         self.frames += len(frames)
-        return self.drop(self.linear(self.prepare(frames).flatten(2))).unflatten(2, self.latent_shape)  # (B, T, 2, 5)
+        x = stack_frames(frames_to_float(frames), self.frame_stack).flatten(2)      # (B, T, F·C·h·w)
+        return self.drop(self.linear(x)).unflatten(2, self.latent_shape)            # (B, T, 2, 5)
 
 
 def one_by_one(model, data):
@@ -139,7 +141,7 @@ def test_a_cache_that_is_not_whole_is_made_again(data, damage, tmp_path):
     elif damage == "foreign": path.write_bytes(b"PK\x03\x04" * 50)
     elif damage == "other shape": np.save(path, good[:-1])
     elif damage == "other type": np.save(path, good.astype(np.float64))
-    else: np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    else: np.save(path, np.array([{}], dtype=object))  # Python objects, which reading refuses
     model = Tiny()
     assert np.array_equal(encode_dataset(model, data, tmp_path, progress=False), good) and model.frames == len(good)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]

@@ -410,7 +410,7 @@ def _save_agent(policy: torch.nn.Module, record: dict, folder: Path) -> None:
         if not folder.exists(): raise  # else another run was faster, with the same settings
     finally: shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/02_collect.ipynb #498c7820
+# %% ../nbs/02_collect.ipynb #8fb70016
 @contextmanager
 def _random_state_kept():
     "Stable-Baselines3 seeds the global generators; whoever runs after it shall not notice."
@@ -439,6 +439,7 @@ def train_agent(
         finally: envs.close()
     _save_agent(agent.policy.cpu(), _agent_record(settings, own.action, own.frame_shape), folder)
 
+# %% ../nbs/02_collect.ipynb #fde3ddb9
 def prepare_agent(
     settings: Settings,     # as for `train_agent`
     progress: bool = True,  # show a bar
@@ -449,7 +450,7 @@ def prepare_agent(
     if not settings.ppo.load and not folder.exists(): train_agent(settings, folder, progress)
     return folder
 
-# %% ../nbs/02_collect.ipynb #971264fa
+# %% ../nbs/02_collect.ipynb #4b399d2f
 def load_agent(
     settings: Settings,                 # ppo section and model.frame_stack
     action: ActionSpec,                 # the environment's actions
@@ -465,7 +466,8 @@ def load_agent(
     if unlike: raise CollectError(f"the agent in {folder} does not fit the settings: {'; '.join(unlike)}; change ppo.load, or set it to null to train one")
     with _random_state_kept(): policy = PPO.policy_aliases[settings.ppo.policy_type](*_agent_spaces(settings, action, frame_shape), lambda _: 0.)
     try: load_model(policy, str(folder / "weights.safetensors"))
-    except (OSError, RuntimeError, SafetensorError) as error: raise CollectError(f"the weights in {folder} cannot be used ({error}); delete the folder, or change ppo.load") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CollectError(f"the weights in {folder} cannot be used ({error}); delete the folder, or change ppo.load") from None
     policy.set_training_mode(False)
     return policy
 

@@ -67,7 +67,7 @@ def reset(
     "Fresh rooms, an agent in each."
     return self.place(rng.random((n, 5)))
 
-# %% ../nbs/01_envs.ipynb #153ae84a
+# %% ../nbs/01_envs.ipynb #86a6f4c9
 @patch
 def scene(
     self: TwoRooms,
@@ -79,7 +79,7 @@ def scene(
     wall = np.abs(centre - states[:, 2, None, None]) < self.half_wall       # (n, 1, size)
     shut = np.abs(centre[:, None] - states[:, 3, None, None]) > self.half_door  # (n, size, 1)
     solid = (wall & shut) | (rim | rim[:, None])                            # (n, size, size)
-    return np.where(solid[:, None], WALL, FLOOR)
+    return FLOOR + solid[:, None].view(np.uint8) * (WALL - FLOOR)           # np.where does the same, more slowly
 
 @patch
 def render(

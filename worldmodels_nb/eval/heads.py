@@ -26,7 +26,7 @@ def readout(
     "One vector per frame: its tokens side by side."
     return z.flatten(-2)
 
-# %% ../../nbs/40_eval.heads.ipynb #7056879e
+# %% ../../nbs/40_eval.heads.ipynb #e7ae78b1
 class HeadError(ValueError):
     "Latents or targets that a head cannot use, in one sentence."
 
@@ -44,7 +44,7 @@ def r_squared(
 ) -> Tensor:            # float64 (S,): ≤ 1; nan where the truth does not vary
     "Share of each column's variance that a prediction explains."
     if len(true) < 2: raise HeadError(f"R² needs at least two samples, not {len(true)}; raise evaluation.windows")
-    error = (predicted.double() - true.double()).square().mean(0)   # (S,)
+    error = (predicted.detach().double() - true.double()).square().mean(0)   # (S,)
     std = spread(true)
     return torch.where(std > 0, 1 - error / std.square(), math.nan)
 
@@ -145,7 +145,7 @@ class MLPProbe(Probe, Trainable):
         error = F.mse_loss(self.read((readout(batch.latents) - self.mean) / self.std), target)
         return LossTerms(error, dict(state=error.detach()))
 
-# %% ../../nbs/40_eval.heads.ipynb #e7abc4c0
+# %% ../../nbs/40_eval.heads.ipynb #0bdbdd7a
 def fit_mlp_probe(
     x: Tensor,         # readouts (n, K) of training frames
     y: Tensor,         # their states (n, S)
@@ -159,13 +159,13 @@ def fit_mlp_probe(
         probe = MLPProbe(x.shape[-1], y.shape[-1], hidden).to(x.device)
     x, y = x.detach().float(), y.detach().float()
     probe.standardise(x.cpu(), y.cpu())
-    def sample(step):
+    def _sample(step):
         i = torch.from_numpy(np.random.default_rng([seed, step]).integers(len(x), size=settings.batch_size)).to(x.device)
         return Batch(None, None, None, None, y[i, None], x[i, None, None])   # states (B, 1, S), latents (B, 1, 1, K)
-    fit(probe, sample, settings, device=x.device)
+    fit(probe, _sample, settings, device=x.device)
     return probe.eval()
 
-# %% ../../nbs/40_eval.heads.ipynb #14a3d45e
+# %% ../../nbs/40_eval.heads.ipynb #22fecfa0
 class StateDecoder(Trainable):
     "Paints the frame that a latent stands for: mean frame plus what two convolutions add. The same for every model."
     def __init__(self,
@@ -180,7 +180,7 @@ class StateDecoder(Trainable):
         self.patch = math.ceil(max(height, width) / 16)               # px painted into each of 16×16 cells
         inputs = math.prod(latent_shape)
         self.norm = nn.BatchNorm1d(inputs, affine=False)              # whatever scale the latents have
-        self.map = nn.Sequential(nn.Linear(inputs, 2 * channels * 64), nn.GELU(), nn.Unflatten(1, (2 * channels, 8, 8)))
+        self.map = nn.Sequential(mlp([inputs, 8 * channels, 128 * channels], "gelu"), nn.GELU(), nn.Unflatten(1, (2 * channels, 8, 8)))
         self.grow = nn.Sequential(nn.Conv2d(2 * channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2), nn.GELU())
         self.paint = nn.Sequential(nn.Conv2d(channels, colours * self.patch**2, 3, padding=1), nn.PixelShuffle(self.patch))
         nn.init.zeros_(self.paint[0].weight); nn.init.zeros_(self.paint[0].bias)

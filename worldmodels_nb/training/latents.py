@@ -45,10 +45,10 @@ def _encode_to(path: Path, model: WorldModel, dataset: Dataset, device: str | to
             file.write(z.tobytes())
         file.flush(); os.fsync(file.fileno())
 
-# %% ../../nbs/33_training.latents.ipynb #6759454d
+# %% ../../nbs/33_training.latents.ipynb #ad2ef17e
 def _open_cache(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
-    try: latents = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError): return None
+    try: latents = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError): return None
     return latents if latents.shape == shape and latents.dtype == dtype else None
 
 def encode_dataset(
