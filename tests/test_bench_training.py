@@ -15,7 +15,7 @@ from worldmodels_nb.training.fit import Callback, fit
 from worldmodels_nb.training.latents import encode_dataset
 
 SPEC = DataSpec((3, 64, 64), ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0]), ["agent x", "agent y", "wall x", "door y"], [0, 1])
-STEPS = 60  # of each kind
+STEPS = 50  # of each kind
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +35,34 @@ class Watch(Callback):
     def on_step(self, run): self.marks.append(time.perf_counter())
 
 
-def report(benchmark, ours, floor):
-    "Note the ratio of medians; judge by the lower quartiles, which a busy machine disturbs less."
-    benchmark.extra_info |= dict(ratio=round(np.median(ours) / np.median(floor), 3), quartile_ratio=round(np.quantile(ours, .25) / np.quantile(floor, .25), 3),
-                                 milliseconds=round(1000 * np.median(ours), 1))
-    assert np.quantile(ours, .25) <= 1.05 * np.quantile(floor, .25)
+def compare(benchmark, stored, sample, callbacks=()):
+    """Every third step is of the kind to be judged, the two between are the floor: one preloaded batch and no callback.
+
+    They take turns in one run, so whatever else the machine does falls on all alike. How far the two equal kinds come out apart
+    is what this machine cannot tell at the moment, and is granted.
+    """
+    settings = load_settings()
+    recipe = settings.training.model_copy(update={"steps": 3 * STEPS + 9})
+    windows, watch = Windows(stored, np.arange(len(stored)), recipe.window), Watch()
+    loaded = windows.sample(recipe.batch_size, 0, 0)
+    torch.manual_seed(0)
+    def batch(step): return sample(windows, recipe.batch_size, step) if sample and step % 3 == 0 else loaded
+    benchmark.pedantic(lambda: fit(JEPA(settings, SPEC), batch, recipe, [*callbacks, watch]), rounds=1)
+    judged, *floor = (np.median(np.diff(watch.marks)[9 + kind::3]) for kind in range(3))
+    ratio, blur = judged / np.mean(floor), max(floor) / min(floor)
+    benchmark.extra_info |= dict(ratio=round(ratio, 3), blur=round(blur, 3), milliseconds=round(1000 * judged, 1))
+    assert ratio <= 1.05 * blur
 
 
 def test_a_step_through_windows_costs_at_most_a_twentieth_more_than_on_one_preloaded_batch(benchmark, stored):
-    "Steps of the two kinds take turns in one run, so that whatever else the machine does falls on both alike."
-    settings = load_settings()
-    recipe = settings.training.model_copy(update={"steps": 2 * STEPS + 10})
-    windows = Windows(stored, np.arange(len(stored)), recipe.window)
-    loaded, watch = windows.sample(recipe.batch_size, 0, 0), Watch()
-    torch.manual_seed(0)
-    benchmark.pedantic(lambda: fit(JEPA(settings, SPEC), lambda step: windows.sample(recipe.batch_size, 0, step) if step % 2 else loaded, recipe, [watch]), rounds=1)
-    seconds = np.diff(watch.marks)[10:]
-    report(benchmark, seconds[1::2], seconds[::2])
+    compare(benchmark, stored, lambda windows, size, step: windows.sample(size, 0, step))
 
 
-def test_the_guard_costs_next_to_nothing(benchmark, stored):
-    settings = load_settings()
-    recipe = settings.training.model_copy(update={"steps": 2 * STEPS + 10})
-    loaded, watch = Windows(stored, np.arange(len(stored)), recipe.window).sample(recipe.batch_size, 0, 0), Watch()
-    class EverySecond(NaNGuard):
+def test_the_guard_costs_at_most_a_twentieth(benchmark, stored):
+    class EveryThird(NaNGuard):
         def before_update(self, run):
-            if run.step % 2: super().before_update(run)
-    benchmark.pedantic(lambda: fit(JEPA(settings, SPEC), lambda step: loaded, recipe, [EverySecond(), watch]), rounds=1)
-    seconds = np.diff(watch.marks)[10:]
-    report(benchmark, seconds[1::2], seconds[::2])
+            if run.step % 3 == 0: super().before_update(run)
+    compare(benchmark, stored, None, [EveryThird()])
 
 
 def test_encoding_a_dataset(benchmark, stored, tmp_path):

@@ -110,7 +110,7 @@ class CnnSettings(Section):
     hidden: int | None = knob(None, "width of one hidden linear layer; null for none", ge=1)
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
-# %% ../nbs/00_settings.ipynb #3f624fae
+# %% ../nbs/00_settings.ipynb #806de99a
 class VitSettings(Section):
     "The vision transformer encoder."
     depth: int = knob(4, "transformer blocks", "blocks", ge=1, le=64)
@@ -129,11 +129,11 @@ class MlpSettings(Section):
 
 class DecoderSettings(Section):
     "The transformer decoder that turns a latent and an action into a frame."
-    dim: int = knob(64, "width of its tokens", ge=1, le=4096)
+    dim: int = knob(128, "width of its tokens", ge=1, le=4096)
     depth: int = knob(2, "blocks", "blocks", ge=1, le=64)
     heads: int = knob(4, "attention heads; must divide decoder.dim", "heads", ge=1, le=64)
-    mlp_dim: int = knob(128, "width of each block's MLP", ge=1)
-    patch_size: int = knob(8, "side of a patch it paints", "px", ge=1, le=64)
+    mlp_dim: int = knob(256, "width of each block's MLP", ge=1)
+    patch_size: int = knob(16, "side of a patch it paints; small ones are slow", "px", ge=1, le=64)
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
 # %% ../nbs/00_settings.ipynb #adaab890
