@@ -6,13 +6,13 @@
 __all__ = ['Section', 'knob', 'RunSettings', 'EnvSettings', 'CollectSettings', 'PPOSettings', 'DataSettings', 'ModelSettings',
            'PatchSettings', 'CnnSettings', 'VitSettings', 'MlpSettings', 'DecoderSettings', 'PredictorSettings',
            'JepaSettings', 'LossSettings', 'TrainingSettings', 'HeadSettings', 'EvaluationSettings', 'Settings',
-           'settings_table', 'SettingsError', 'make_settings', 'repo_root', 'load_settings', 'write_whole',
+           'settings_table', 'SettingsError', 'nearest', 'make_settings', 'repo_root', 'load_settings', 'write_whole',
            'save_settings', 'seed_everything', 'pick_device']
 
-# %% ../nbs/00_settings.ipynb #c1d877b7
+# %% ../nbs/00_settings.ipynb #61771f93
 import configparser, difflib, json, os, random, tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Iterable, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,10 +52,10 @@ class EnvSettings(Section):
     action_repeat: int = knob(1, "times each chosen action is executed; rewards are summed", "steps", ge=1, le=64)
     frame_skip: int = knob(0, "further steps after each action, each with a new action; rewards are summed; off while actions repeat", "steps", ge=0, le=64)
 
-# %% ../nbs/00_settings.ipynb #50a2aeea
+# %% ../nbs/00_settings.ipynb #0e6fff05
 class CollectSettings(Section):
     "Which policy gathers how much."
-    policy: Literal["random", "wander", "ppo"] = knob("wander", "uniform actions, a walk that keeps its heading, or a trained agent")
+    policy: Literal["random", "wander", "ppo"] = knob("wander", "uniform actions, a walk that keeps its heading until something is in the way, or a trained agent")
     episodes: int = knob(1500, "episodes to gather", "episodes", ge=2)
     steps: int = knob(32, "longest episode; a longer one is cut (truncated)", "steps", ge=1)
     frames: int | None = knob(None, "stop after the episode that reaches this many frames; null for no such limit", "frames", ge=4)
@@ -65,11 +65,11 @@ class CollectSettings(Section):
 
 class PPOSettings(Section):
     "The agent behind `collect.policy = \"ppo\"` (Stable-Baselines3)."
-    load: str | None = knob(None, "a saved agent to use in place of training one; null trains")
+    load: str | None = knob(None, "folder of a trained agent (weights.safetensors, agent.json) to use in place of training one; null trains")
     train_steps: int = knob(20_000, "environment steps to train for", "steps", ge=1)
     n_envs: int = knob(4, "environments stepped side by side", "environments", ge=1, le=256)
     subprocesses: bool = knob(False, "one process per environment")
-    policy_type: str = knob("CnnPolicy", "Stable-Baselines3 policy class")
+    policy_type: Literal["CnnPolicy", "MlpPolicy"] = knob("CnnPolicy", "Stable-Baselines3 policy class")
     learning_rate: float = knob(3e-4, "Adam's step size", gt=0, le=1)
     n_steps: int = knob(128, "steps gathered in each environment between updates", "steps", ge=2)
     batch_size: int = knob(256, "samples per gradient step", "samples", ge=2)
@@ -244,11 +244,15 @@ def settings_table(
                              allowed=allowed, reason=field.description))
     return rows
 
-# %% ../nbs/00_settings.ipynb #8723f4ef
+# %% ../nbs/00_settings.ipynb #3d003def
 class SettingsError(ValueError):
     "A setting that cannot be used, in one sentence that names it and says how to mend it."
 
-def _nearest(word: str, known) -> str:
+def nearest(
+    word: str,             # what was written
+    known: Iterable[str],  # what could have been meant
+) -> str:                  # a half-sentence for the end of an error; empty if nothing is near
+    "Name the nearest known word."
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5) or difflib.get_close_matches(word.split(".")[-1], list(known), n=1, cutoff=0.3)
     return f"; the nearest known one is {match[0]!r}" if match else ""
 
@@ -259,7 +263,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key, given = ".".join(str(part) for part in first["loc"][:2]), first["input"]
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}{_nearest(key, _known_keys() if '.' in key else Settings.model_fields)}"
+        return f"unknown setting {key!r}{nearest(key, _known_keys() if '.' in key else Settings.model_fields)}"
     if not key: return first["msg"].removeprefix("Value error, ")
     row = next((r for r in settings_table(key.split(".")[0]) if r["key"] == key), {})
     allowed = f" (allowed: {row['allowed']})" if row.get("allowed") else ""
@@ -300,7 +304,7 @@ def repo_root(
             if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir(): return folder
     raise SettingsError(f"no repository (a folder with settings.ini and nbs) at or above {here}")
 
-# %% ../nbs/00_settings.ipynb #f71e5920
+# %% ../nbs/00_settings.ipynb #2703d175
 def load_settings(
     path: str | Path | None = None,           # a settings file; None for the repository's
     preset: str | None = None,                # overlay in that file: smoke, demo, study, atari, seed
@@ -312,14 +316,14 @@ def load_settings(
     values = {s: dict(v) for s, v in raw.items() if "/" not in s}
     presets = {s.split("/")[0] for s in raw if "/" in s}
     if preset and preset not in presets:
-        raise SettingsError(f"{path.name}: no preset {preset!r}; there are {', '.join(sorted(presets)) or 'none'}{_nearest(preset, presets)}")
+        raise SettingsError(f"{path.name}: no preset {preset!r}; there are {', '.join(sorted(presets)) or 'none'}{nearest(preset, presets)}")
     for name, overlay in raw.items():
         which, _, section = name.partition("/")
         if section: make_settings({section: overlay}, f"{path.name} [{name}]")  # every preset is checked, used or not
         if section and which == preset: values.setdefault(section, {}).update(overlay)
     for key, value in (overrides or {}).items():
         section, dot, name = key.partition(".")
-        if not dot: raise SettingsError(f"override {key!r} is not of the form section.key{_nearest(key, _known_keys())}")
+        if not dot: raise SettingsError(f"override {key!r} is not of the form section.key{nearest(key, _known_keys())}")
         values.setdefault(section, {})[name] = value
     return make_settings(values, path.name if not overrides else f"{path.name} with overrides")
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'rankme', 'centred', 'spectrum', 'inverse_probe', 'prediction_ratio', 'collapse_panel', 'plot_collapse']
 
-# %% ../../nbs/41_eval.collapse.ipynb #82b4a3cc
+# %% ../../nbs/41_eval.collapse.ipynb #aeedddbc
 import math
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .heads import HeadError, fit_probe, r_squared, readout, spread
+from .heads import HeadError, fit_probe, readout, spread
 from ..viz import Picture, line_styles
 
 # %% ../../nbs/41_eval.collapse.ipynb #4a2c6140
@@ -39,24 +39,30 @@ def spectrum(
     "Standard deviations along the principal directions."
     return torch.linalg.svdvals(centred(x)) / math.sqrt(len(x))
 
-# %% ../../nbs/41_eval.collapse.ipynb #4b2ae3f2
+# %% ../../nbs/41_eval.collapse.ipynb #1e1c9257
 def inverse_probe(
     z: Tensor,        # latents (n, N, D); the first half of the rows must not share episodes with the second
     z_next: Tensor,   # latents one step later (n, N, D)
     actions: Tensor,  # between them: (n, A) float, or (n,) int64
-) -> dict[str, float]:  # inverse_r2 or inverse_accuracy, and inverse_floor
+    z_predicted: Tensor | None = None,  # what a model predicts in place of z_next; scored by the same probe
+) -> dict[str, float]:  # inverse_r2 or inverse_accuracy, perhaps the same with _predicted, and inverse_floor
     "How well a linear probe reads the action off two latents in a row. Raises `HeadError`."
     half = len(z) // 2
     if half < 2: raise HeadError(f"an inverse-dynamics probe needs at least four transitions, not {len(z)}; raise evaluation.windows")
-    x = torch.cat([readout(z), readout(z_next - z)], dim=-1)                       # (n, 2·N·D)
-    if actions.is_floating_point():
-        score = fit_probe(x[:half], actions[:half]).r2(x[half:], actions[half:])   # (A,)
-        return dict(inverse_r2=score.nanmean().item(), inverse_floor=0.0)
-    codes = F.one_hot(actions).float()                                             # (n, actions)
-    named = fit_probe(x[:half], codes[:half]).predict(x[half:]).argmax(-1)         # (n - half,)
-    common = codes[:half].sum(0).argmax()
-    return dict(inverse_accuracy=(named == actions[half:]).float().mean().item(),
-                inverse_floor=(actions[half:] == common).float().mean().item())
+    numbers = actions.is_floating_point()
+    targets = actions if numbers else F.one_hot(actions).float()                   # (n, A) or (n, how many)
+    probe = fit_probe(_pair(z, z_next)[:half], targets[:half])
+    name, score = ("inverse_r2", _explained) if numbers else ("inverse_accuracy", _named)
+    scores = {name: score(probe, _pair(z, z_next)[half:], actions[half:])}
+    if z_predicted is not None: scores[f"{name}_predicted"] = score(probe, _pair(z, z_predicted)[half:], actions[half:])
+    common = targets[:half].sum(0).argmax()
+    return scores | dict(inverse_floor=0.0 if numbers else (actions[half:] == common).float().mean().item())
+
+def _pair(z: Tensor, z_next: Tensor) -> Tensor: return torch.cat([readout(z), readout(z_next - z)], dim=-1)   # (n, 2·N·D)
+
+def _explained(probe, x: Tensor, actions: Tensor) -> float: return probe.r2(x, actions).nanmean().item()
+
+def _named(probe, x: Tensor, actions: Tensor) -> float: return (probe.predict(x).argmax(-1) == actions).float().mean().item()
 
 # %% ../../nbs/41_eval.collapse.ipynb #f443f53c
 def prediction_ratio(
@@ -69,7 +75,7 @@ def prediction_ratio(
     wrong = (z_predicted - z_next).double().square().sum()
     return (wrong / moved).item() if moved > 0 else math.nan
 
-# %% ../../nbs/41_eval.collapse.ipynb #7f6567c8
+# %% ../../nbs/41_eval.collapse.ipynb #d24ca033
 def collapse_panel(
     z: Tensor,                           # latents (n, N, D), n ≥ 2
     z_next: Tensor | None = None,        # one step later (n, N, D)
@@ -85,11 +91,11 @@ def collapse_panel(
     panel = dict(n=float(len(x)), rank_limit=float(min(x.shape)), std_mean=std.mean().item(), std_min=std.min().item(),
                  rankme=rankme(x), rankme_centred=rankme(centred(x)), spectrum=spectrum(x).tolist())
     if probe_r2 is not None: panel["probe_r2"] = torch.as_tensor(probe_r2, dtype=torch.float64).nanmean().item()
-    if actions is not None: panel |= inverse_probe(z, z_next, actions)
+    if actions is not None: panel |= inverse_probe(z, z_next, actions, z_predicted)
     if z_predicted is not None: panel["prediction_ratio"] = prediction_ratio(z, z_next, z_predicted)
     return panel
 
-# %% ../../nbs/41_eval.collapse.ipynb #ba357b2e
+# %% ../../nbs/41_eval.collapse.ipynb #ba567b5b
 INSTRUMENTS = dict(std_mean="mean std", rankme="RankMe", rankme_centred="RankMe,\ncentred", probe_r2="probe R²",
                    inverse_r2="inverse\nprobe R²", inverse_accuracy="inverse\naccuracy", prediction_ratio="prediction /\npersistence")
 
@@ -102,7 +108,7 @@ def plot_collapse(
     first, *rest = figure.subplots(1, 1 + len(keys), width_ratios=[2.4] + [1] * len(keys))
     for (name, style), panel in zip(line_styles(panels).items(), panels.values()):
         sigma = np.array(panel["spectrum"])
-        first.plot(np.arange(1, len(sigma) + 1), np.where(sigma > 0, sigma, np.nan), **style)
+        first.plot(np.arange(1, len(sigma) + 1), np.where(sigma > 1e-7 * sigma[0], sigma, np.nan), **style)  # below: rounding
     first.set(yscale="log", xlabel="principal direction", ylabel="std, latent unit", title=f"spectrum, n = {next(iter(panels.values()))['n']:.0f}")
     for ax, key in zip(rest, keys): _column(ax, {name: panel.get(key, math.nan) for name, panel in panels.items()}, INSTRUMENTS[key])
     rest[0].set_yticks(range(len(panels)), [name.removeprefix("floor:") for name in panels])
@@ -112,6 +118,6 @@ def plot_collapse(
 def _column(ax, values: dict[str, float], title: str) -> None:
     for i, (style, value) in enumerate(zip(line_styles(values).values(), values.values())):
         ax.barh(i, np.nan_to_num(value), color=style["color"], alpha=.35)
-        ax.text(0, i, "–" if math.isnan(value) else f" {value:.2g}", va="center", fontsize=9)
+        ax.text(0, i, " –" if math.isnan(value) else f" {value:.3g}" if abs(value) >= .1 else f" {value:.1g}", va="center", fontsize=9)
     ax.set(title=title, xticks=[], yticks=[], ylim=(len(values) - .5, -.5))
     ax.axvline(0, color="black", linewidth=.8)

@@ -6,14 +6,14 @@
 __all__ = ['MODELS', 'LossTerms', 'weighted', 'Trainable', 'WorldModel', 'freeze', 'register', 'model_class', 'build_model',
            'count_parameters']
 
-# %% ../../nbs/20_models.base.ipynb #5df76f3d
+# %% ../../nbs/20_models.base.ipynb #aaded684
 from dataclasses import dataclass
 from typing import Callable
 import torch
 from torch import Tensor, nn
 from ..episodes import Batch, DataSpec
 from ..nn.layers import frames_to_float, stack_frames
-from ..settings import Settings, SettingsError, _nearest
+from ..settings import Settings, SettingsError, nearest
 
 # %% ../../nbs/20_models.base.ipynb #f8ff0600
 @dataclass
@@ -103,7 +103,7 @@ def freeze(
     "No gradients and evaluation mode, for good."
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/20_models.base.ipynb #c6f65721
+# %% ../../nbs/20_models.base.ipynb #23ffe438
 MODELS: dict[str, type[WorldModel]] = {}
 
 def register(
@@ -118,7 +118,7 @@ def model_class(
 ) -> type[WorldModel]:
     "The class behind a name. Raises `SettingsError` that names the nearest one."
     if name not in MODELS:
-        raise SettingsError(f"setting 'run.models': no model is called {name!r}; there are {', '.join(sorted(MODELS))}{_nearest(name, MODELS)}")
+        raise SettingsError(f"setting 'run.models': no model is called {name!r}; there are {', '.join(sorted(MODELS))}{nearest(name, MODELS)}")
     return MODELS[name]
 
 def build_model(
