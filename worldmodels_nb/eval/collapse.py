@@ -95,7 +95,7 @@ def collapse_panel(
     if z_predicted is not None: panel["prediction_ratio"] = prediction_ratio(z, z_next, z_predicted)
     return panel
 
-# %% ../../nbs/41_eval.collapse.ipynb #ba567b5b
+# %% ../../nbs/41_eval.collapse.ipynb #6c8db780
 INSTRUMENTS = dict(std_mean="mean std", rankme="RankMe", rankme_centred="RankMe,\ncentred", probe_r2="probe R²",
                    inverse_r2="inverse\nprobe R²", inverse_accuracy="inverse\naccuracy", prediction_ratio="prediction /\npersistence")
 
@@ -108,7 +108,7 @@ def plot_collapse(
     first, *rest = figure.subplots(1, 1 + len(keys), width_ratios=[2.4] + [1] * len(keys))
     for (name, style), panel in zip(line_styles(panels).items(), panels.values()):
         sigma = np.array(panel["spectrum"])
-        first.plot(np.arange(1, len(sigma) + 1), np.where(sigma > 1e-7 * sigma[0], sigma, np.nan), **style)  # below: rounding
+        first.plot(np.arange(1, len(sigma) + 1), np.where(sigma > 1e-7 * sigma[0], sigma, np.nan), marker=".", markersize=3, **style)  # below: rounding
     first.set(yscale="log", xlabel="principal direction", ylabel="std, latent unit", title=f"spectrum, n = {next(iter(panels.values()))['n']:.0f}")
     for ax, key in zip(rest, keys): _column(ax, {name: panel.get(key, math.nan) for name, panel in panels.items()}, INSTRUMENTS[key])
     rest[0].set_yticks(range(len(panels)), [name.removeprefix("floor:") for name in panels])

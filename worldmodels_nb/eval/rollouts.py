@@ -38,7 +38,7 @@ def open_loop(
             "floor:persistence": start.expand(-1, len(steps), -1, -1),
             "floor:shuffled-actions": model.rollout(start, none, other[:, :H])[:, steps - 1]}
 
-# %% ../../nbs/42_eval.rollouts.ipynb #6a51b698
+# %% ../../nbs/42_eval.rollouts.ipynb #9df725e5
 def position_errors(
     rolled: dict[str, Tensor],   # from `open_loop`, (B, K, N, D) each
     states: Tensor,              # true states at the horizons (B, K, S)
@@ -56,16 +56,17 @@ def position_errors(
 
 def pixel_errors(
     rolled: dict[str, Tensor],             # from `open_loop`, (B, K, N, D) each
-    frames: Tensor,                        # true frames at the horizons, uint8 (B, K, C, h, w)
-    first: Tensor,                         # frame at the start, uint8 (B, 1, C, h, w)
+    frames: Tensor,                        # true frames, uint8 (B, T+1, C, h, w)
+    horizons: Sequence[int],               # K steps ahead, each 1 … T
     decoder: Callable[[Tensor], Tensor],   # (B, K, N, D) -> (B, K, C, h, w) in [0, 1]
 ) -> dict[str, Tensor]:                    # who → (B, K)
-    "Squared error of painted frames; `floor:decoder` paints true latents, `floor:last-frame` keeps the true first frame."
-    truth = frames / 255
-    painted = {"floor:decoder" if who == "truth" else who: decoder(z) for who, z in rolled.items()} | {"floor:last-frame": first / 255}
+    "Squared error of painted frames; `floor:decoder` paints true latents, two more floors are true frames: the first, and the mean."
+    truth = frames[:, np.array(horizons)] / 255
+    still = {"floor:last-frame": frames[:, :1] / 255, "floor:mean-frame": frames.float().mean((0, 1)) / 255}
+    painted = {"floor:decoder" if who == "truth" else who: decoder(z) for who, z in rolled.items()} | still
     return {who: (paint - truth).square().mean((-3, -2, -1)) for who, paint in painted.items()}
 
-# %% ../../nbs/42_eval.rollouts.ipynb #eaf6c495
+# %% ../../nbs/42_eval.rollouts.ipynb #b47362da
 @dataclass
 class RolloutErrors:
     "Open-loop errors of one model and of its floors, window by window."
@@ -92,24 +93,25 @@ def rollout_errors(
         if probe is not None and batch.states is not None and len(position):
             part["position" if same_unit else "position_std"] = position_errors(rolled, batch.states[:, steps], probe, position, same_unit)
         if decoder is not None:
-            frames = batch.frames[:, -z.shape[1]:]                                     # the context before the first latent is left out
-            part["pixel"] = pixel_errors(rolled, frames[:, steps], frames[:, :1], decoder)
+            part["pixel"] = pixel_errors(rolled, batch.frames[:, -z.shape[1]:], horizons, decoder)   # without the context before the first latent
         parts.append(part)
     if not parts: raise HeadError("no window to roll out; raise evaluation.windows")
     values = {metric: {who: torch.cat([part[metric][who] for part in parts]).double().cpu() for who in whos} for metric, whos in parts[0].items()}
     values["latent"] = {who: error / scatter.variance() for who, error in values["latent"].items()}
     return RolloutErrors(list(horizons), values)
 
-# %% ../../nbs/42_eval.rollouts.ipynb #b9bc0e90
+# %% ../../nbs/42_eval.rollouts.ipynb #b538dbd2
 class _Scatter:
     # Total variance of latents that come in batches; nan if they differ by no more than float32 rounding
     def __init__(self): self.n, self.sum, self.squares = 0, 0.0, 0.0
 
     def add(self, z: Tensor) -> None:
+        "Count in latents (…, N, D)."
         x = readout(z).flatten(0, -2).double()
         self.n, self.sum, self.squares = self.n + len(x), self.sum + x.sum(0), self.squares + x.square().sum()
 
     def variance(self) -> float:
+        "Summed over coordinates."
         power = (self.squares / self.n).item()
         variance = power - (self.sum / self.n).square().sum().item()
         return variance if variance > 1e-12 * power else math.nan
@@ -183,7 +185,7 @@ def rollout_batches(
     "The chosen windows in batches of about equal size, so that no last one is left alone."
     for part in np.array_split(indices, math.ceil(len(indices) / size)): yield windows.batch(part).to(device)
 
-# %% ../../nbs/42_eval.rollouts.ipynb #df7f68a6
+# %% ../../nbs/42_eval.rollouts.ipynb #9defea6f
 def tidy_row(
     env: str,           # environment id
     model: str,         # registered name, or "floor:…"
@@ -210,19 +212,19 @@ def rollout_rows(
 ) -> list[dict[str, Any]]:
     "Tidy rows: each metric for the model and its floors, and `…_ratio`, the model over persistence. Raises `HeadError`."
     rows = []
-    def add(who, metric, interval, n):
+    def _add(who, metric, interval, n):
         for horizon, value, low, high in zip(errors.horizons, *interval):
             rows.append(tidy_row(env, who, "rollout", metric, horizon, seed, value, low, high, n))
     for metric, whos in errors.values.items():
         for who, values in whos.items():
-            name = model if who == "model" else who if who == "floor:last-frame" else f"{who} ({model})"
-            add(name, metric, bootstrap_interval(values, seed, resamples, groups=groups), len(values))
-        add(model, f"{metric}_ratio", bootstrap_ratio(whos["model"], whos["floor:persistence"], seed, resamples, groups=groups), len(values))
+            name = model if who == "model" else who if who.endswith("-frame") else f"{who} ({model})"
+            _add(name, metric, bootstrap_interval(values, seed, resamples, groups=groups), len(values))
+        _add(model, f"{metric}_ratio", bootstrap_ratio(whos["model"], whos["floor:persistence"], seed, resamples, groups=groups), len(values))
     return rows
 
-# %% ../../nbs/42_eval.rollouts.ipynb #776f3488
+# %% ../../nbs/42_eval.rollouts.ipynb #3f439947
 def plot_rollouts(
-    rows: list[dict[str, Any]],   # tidy rows of protocol "rollout"
+    rows: list[dict[str, Any]],   # tidy rows of protocol "rollout", of one environment and seed
     metric: str,                  # which of their metrics
     ylabel: str,                  # what it is, with its unit
     log: bool = False,            # logarithmic y
@@ -232,6 +234,6 @@ def plot_rollouts(
     if not chosen: raise HeadError(f"no row has the metric {metric!r}; there are {', '.join(sorted({row['metric'] for row in rows}))}")
     series = {}
     for name in dict.fromkeys(row["model"] for row in chosen):
-        own = sorted((row for row in chosen if row["model"] == name), key=lambda row: row["horizon"])
-        series[name] = tuple([row[key] for row in own] for key in ("horizon", "value", "low", "high"))
+        own = {row["horizon"]: row for row in chosen if row["model"] == name}          # a floor without a model comes with each of them
+        series[name] = tuple([own[horizon][key] for horizon in sorted(own)] for key in ("horizon", "value", "low", "high"))
     return curves(series, "horizon, steps", ylabel, log=log, n=min(row["n"] for row in chosen))

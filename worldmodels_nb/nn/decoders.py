@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .layers import Block
 from ..settings import DecoderSettings
 
-# %% ../../nbs/12_nn.decoders.ipynb #c3c7d61c
+# %% ../../nbs/12_nn.decoders.ipynb #84649224
 class TransformerDecoder(nn.Module):
     "Learnt query tokens, one per output patch, that look up a memory by cross-attention."
     def __init__(self,
@@ -23,7 +23,7 @@ class TransformerDecoder(nn.Module):
     ):
         super().__init__()
         self.patch, self.grid = s.patch_size, size // s.patch_size
-        self.queries = nn.Parameter(torch.randn(1, self.grid**2, s.dim) * 0.02)
+        self.queries = nn.Parameter(torch.randn(1, self.grid**2, s.dim))
         self.memory = nn.Linear(memory_dim, s.dim)
         self.blocks = nn.ModuleList(Block(s.dim, s.heads, s.mlp_dim, s.dropout, cross=True) for _ in range(s.depth))
         self.norm, self.paint = nn.LayerNorm(s.dim), nn.Linear(s.dim, channels * s.patch_size**2)
