@@ -249,10 +249,10 @@ def test_rows_are_tidy():
     errors = rollout_errors(Drift(.8), [batch], [1, 6], probe_of(batch), lambda z: torch.zeros(*z.shape[:2], 1, 8, 8), [0, 1])
     rows = rollout_rows(errors, "Toy-v0", "drift", seed=5, resamples=50, groups=np.repeat(np.arange(10), 2))
     assert all(list(row) == ["env", "model", "protocol", "metric", "horizon", "seed", "value", "low", "high", "n"] for row in rows)
-    assert {row["model"] for row in rows} == {"drift", "floor:last-frame", "floor:mean-frame"} | {f"floor:{f} (drift)" for f in ("persistence", "shuffled-actions", "probe", "decoder")}
+    assert {row["model"] for row in rows} == {"drift", "floor:persistence", "floor:mean-frame"} | {f"floor:{f} (drift)" for f in ("persistence", "shuffled-actions", "probe", "decoder")}
     assert {row["metric"] for row in rows} == {"latent", "position", "pixel"} | {f"{m}_ratio" for m in ("latent", "position", "pixel")}
     assert {(row["n"], row["seed"], row["protocol"]) for row in rows} == {(20, 5, "rollout")}
-    assert len({(row["model"], row["metric"], row["horizon"]) for row in rows}) == len(rows) == 2 * (3 + 4 + 6 + 3)
+    assert len({(row["model"], row["metric"], row["horizon"]) for row in rows}) == len(rows) == 2 * (3 + 5 + 6 + 3)
     by = {(row["model"], row["metric"], row["horizon"]): row for row in rows}
     own, still, ratio = by["drift", "position", 6], by["floor:persistence (drift)", "position", 6], by["drift", "position_ratio", 6]
     assert ratio["value"] == pytest.approx(own["value"] / still["value"]) and ratio["low"] <= ratio["value"] <= ratio["high"]

@@ -151,7 +151,7 @@ def test_the_comparison_is_tidy(smoke, comparison):
 
 def test_the_comparison_has_models_floors_and_horizons(smoke, comparison):
     models = {row["model"] for row in comparison}
-    assert {"encdec", "jepa", "floor:last-frame"} <= models
+    assert {"encdec", "jepa", "floor:persistence"} <= models
     for model in ("encdec", "jepa"):
         assert {f"floor:{floor} ({model})" for floor in ("persistence", "shuffled-actions", "untrained", "probe", "decoder")} <= models
         rolled = [row for row in comparison if row["model"] == model and row["protocol"] == "rollout"]

@@ -47,18 +47,18 @@ def check_parameters(
     if not isinstance(known.get("overrides"), (dict, type(None))):
         raise RunError(f"parameter 'overrides' must be a mapping, not {known['overrides']!r}; pass it as -y \"overrides: {{env.id: CartPole-v1}}\"")
 
-# %% ../nbs/50_experiment.ipynb #11ac6bb5
+# %% ../nbs/50_experiment.ipynb #734ece3f
 PACKAGES = ("torch", "gymnasium", "numpy", "worldmodels_nb")
 
 def provenance(
     settings: Settings,  # of the run
 ) -> dict[str, Any]:
     "Versions, commit, seed and machine."
-    def found(package):
+    def _version(package):
         try: return version(package)
         except PackageNotFoundError: return None
     commit = subprocess.run(["git", "-C", str(repo_root()), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    return dict(schema_version=1, python=platform.python_version(), packages={name: found(name) for name in PACKAGES}, commit=commit or None,
+    return dict(schema_version=1, python=platform.python_version(), packages={name: _version(name) for name in PACKAGES}, commit=commit or None,
                 seed=settings.run.seed, system=platform.platform(), processor=platform.machine(), threads=torch.get_num_threads(),
                 device=str(pick_device(settings.run.device)), began=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
@@ -104,7 +104,7 @@ def run_folder(
     save_settings(settings, folder / "settings.ini")
     return folder
 
-# %% ../nbs/50_experiment.ipynb #bdcfb709
+# %% ../nbs/50_experiment.ipynb #921643b0
 class Experiment:
     "One run: settings, folder, and what the stages share."
     def __init__(self,
@@ -130,41 +130,45 @@ class Experiment:
         "Training and validation episodes."
         return self.dataset.split(self.settings.data.validation_split, self.settings.run.seed)
 
-    def windows(self,
-        steps: int,                        # T
-        validation: bool = False,          # from validation episodes
-        latents: np.ndarray | None = None, # cached latents to hand out with the frames
-    ) -> Windows:
-        "Windows of training or validation episodes."
-        return Windows(self.dataset, self.episodes[int(validation)], steps, self.settings.model.frame_stack, latents)
-
-    def part(self,
-        model: str,  # a model's name
-        part: str,   # world, decoder, latents
-    ) -> Path:
-        "Where a part of a model lives in the run folder."
-        return self.folder / "models" / model / part
-
-    def fresh(self,
-        model: str,  # a model's name
-    ) -> WorldModel:
-        "The untrained model, from the run's seed: the floor every trained one is measured against."
-        seed_everything(self.settings.run.seed)
-        frames = self.windows(0).sample(512, seed=0, step=0).frames[:, -1]
-        return build_model(model, self.settings, self.dataset.spec).calibrate(frames)
-
     @cached_property
     def models(self) -> dict[str, WorldModel]:
         "The trained, frozen models; trains those that are not."
         return {name: self.train_model(name) for name in self.settings.run.models}
 
-# %% ../nbs/50_experiment.ipynb #6229f620
+# %% ../nbs/50_experiment.ipynb #81407c7f
+@patch
+def windows(self: Experiment,
+    steps: int,                        # T
+    validation: bool = False,          # from validation episodes
+    latents: np.ndarray | None = None, # cached latents to hand out with the frames
+) -> Windows:
+    "Windows of training or validation episodes."
+    return Windows(self.dataset, self.episodes[int(validation)], steps, self.settings.model.frame_stack, latents)
+
+@patch
+def part(self: Experiment,
+    model: str,  # a model's name
+    part: str,   # world, decoder, latents
+) -> Path:
+    "Where a part of a model lives in the run folder."
+    return self.folder / "models" / model / part
+
+@patch
+def fresh(self: Experiment,
+    model: str,  # a model's name
+) -> WorldModel:
+    "The untrained model, from the run's seed: the floor every trained one is measured against."
+    seed_everything(self.settings.run.seed)
+    frames = self.windows(0).sample(512, seed=0, step=0).frames[:, -1]
+    return build_model(model, self.settings, self.dataset.spec).calibrate(frames)
+
+# %% ../nbs/50_experiment.ipynb #a6560b20
 @patch
 def _picture(self: Experiment, model: WorldModel):
     windows = self.windows(min(self.settings.training.window, int(self.dataset.lengths.max())), validation=True)
     batch = windows.batch(np.linspace(0, len(windows) - 1, min(256, len(windows))).astype(int)).to(self.device)
     first = self.settings.model.frame_stack                                      # frames up to the present one
-    def draw(step: int) -> Figure:
+    def _draw(step: int) -> Figure:
         try:
             imagined = model.imagine(batch.frames[:1, :first], batch.actions[:1])[0]
             return filmstrip({"truth": batch.frames[0, first:].cpu(), "imagined": imagined.cpu()}, first=1)
@@ -172,7 +176,7 @@ def _picture(self: Experiment, model: WorldModel):
             z = model.encode(batch.frames[:, :first]).flatten(1).cpu()
             states = batch.states[:, 0, 0].cpu() if batch.states is not None else torch.arange(len(z))
             return latent_map(pca2(z), states, (self.dataset.spec.state_names or ["window"])[0])
-    return draw
+    return _draw
 
 @patch
 def train_model(self: Experiment,
@@ -251,7 +255,7 @@ def probe_rows(self: Experiment,
         out.append(tidy_row(s.env.id, name, "probe", f"r2 {label}", 0, s.run.seed, value, low, high, len(np.unique(episode))))
     return out
 
-# %% ../nbs/50_experiment.ipynb #26977ad4
+# %% ../nbs/50_experiment.ipynb #e9ad6a3e
 @patch
 def rollout_part(self: Experiment,
     model: str,             # a model's name
@@ -268,34 +272,37 @@ def rollout_part(self: Experiment,
     if len(horizons) < len(s.evaluation.horizons): warnings.warn(f"evaluation.horizons beyond {longest} are left out: no validation episode is longer")
     windows = self.windows(max(horizons), validation=True, latents=latents)
     chosen, episode = independent_windows(windows, s.evaluation.windows, s.run.seed)
-    errors = rollout_errors(world, rollout_batches(windows, chosen, device=self.device), horizons, probe, decoder, spec.position)
+    errors = rollout_errors(world, rollout_batches(windows, chosen, device=self.device), horizons, probe, decoder, spec.position,
+                            same_unit=spec.position != list(range(len(spec.state_names))))  # the whole state mixes units; chosen coordinates do not
     rows = rollout_rows(errors, s.env.id, model, s.run.seed, s.evaluation.bootstrap, groups=episode)
     return rows, self._strips(world, decoder, windows.batch(np.resize(chosen, s.evaluation.filmstrips)).to(self.device))
 
 @patch
 @torch.no_grad()
 def _strips(self: Experiment, world: WorldModel, decoder: StateDecoder, batch) -> dict[str, np.ndarray]:
-    def as_bytes(frames): return (frames.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    def _as_bytes(frames): return (frames.clamp(0, 1) * 255).round().byte().cpu().numpy()
     first, z = self.settings.model.frame_stack, batch.latents
     seen = world.rollout(z[:, :1], batch.actions[:, :0], batch.actions)
-    strips = dict(truth=batch.frames[:, first - 1:].cpu().numpy(), decoded=as_bytes(decoder(torch.cat([z[:, :1], seen], dim=1))))
-    try: strips["imagined"] = np.concatenate([strips["truth"][:, :1], as_bytes(world.imagine(batch.frames[:, :first], batch.actions))], axis=1)
+    strips = dict(truth=batch.frames[:, first - 1:].cpu().numpy(), decoded=_as_bytes(decoder(torch.cat([z[:, :1], seen], dim=1))))
+    try: strips["imagined"] = np.concatenate([strips["truth"][:, :1], _as_bytes(world.imagine(batch.frames[:, :first], batch.actions))], axis=1)
     except NotImplementedError: pass
     return strips
 
-# %% ../nbs/50_experiment.ipynb #77fc9262
+# %% ../nbs/50_experiment.ipynb #d68e2e44
 @patch
 def panel_rows(self: Experiment,
     model: str,             # a model's name
     world: WorldModel,      # frozen
     latents: np.ndarray,    # (n, N, D)
+    probe: LinearProbe | None,  # reads the state
 ) -> list[dict[str, Any]]:
     "The collapse panel on validation transitions."
     s, windows = self.settings, self.windows(1, validation=True, latents=latents)
     batch = windows.batch(np.sort(independent_windows(windows, min(4096, len(windows)), s.run.seed)[0])).to(self.device)
     z = batch.latents
     with torch.no_grad(): predicted = world.rollout(z[:, :1], batch.actions[:, :0], batch.actions)[:, 0]
-    panel = collapse_panel(z[:, 0], z[:, 1], batch.actions[:, 0], predicted)
+    score = None if probe is None else probe.r2(readout(z[:, 0]), batch.states[:, 0])
+    panel = collapse_panel(z[:, 0], z[:, 1], batch.actions[:, 0], predicted, score)
     return [tidy_row(s.env.id, model, "collapse", key, 0, s.run.seed, value, n=int(panel["n"])) for key, value in panel.items() if key not in ("spectrum", "n")]
 
 @patch
@@ -308,7 +315,7 @@ def cost_rows(self: Experiment,
     costs = {f"parameters {part}": n for part, n in result["parameters"].items()} | dict(steps=result["steps"], best_step=result["best_step"], seconds=result["seconds"])
     return [tidy_row(s.env.id, model, "cost", name, 0, s.run.seed, value) for name, value in costs.items()]
 
-# %% ../nbs/50_experiment.ipynb #aeb4cf28
+# %% ../nbs/50_experiment.ipynb #57d70922
 @patch
 def evaluate(self: Experiment,
     model: str,  # a model's name
@@ -322,7 +329,7 @@ def evaluate(self: Experiment,
         rows = self.probe_rows(model, latents, probe) + self.probe_rows(f"floor:untrained ({model})", untrained, self.probe(untrained)) + rows
         shown = self.rows_of(validation=True, at_most=1000)
         arrays |= dict(points=pca2(latents[shown].reshape(len(shown), -1)), color=self.dataset.states[shown, 0], label=np.array(self.dataset.spec.state_names[0]))
-    rows += self.panel_rows(model, world, latents) + self.cost_rows(model, world)
+    rows += self.panel_rows(model, world, latents, probe) + self.cost_rows(model, world)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_whole(self.folder / "models" / model / "evaluation.npz", buffer.getvalue())

@@ -160,7 +160,7 @@ class LossSettings(Section):
     std_target: float = knob(1.0, "γ: standard deviation the hinge asks for", gt=0)
     eps: float = knob(1e-4, "keeps the root's slope finite at zero variance", gt=0, lt=1)
 
-# %% ../nbs/00_settings.ipynb #234ff51e
+# %% ../nbs/00_settings.ipynb #593979f5
 class TrainingSettings(Section):
     "One recipe for every trained part."
     steps: int = knob(600, "gradient steps", "steps", ge=1)
@@ -182,7 +182,7 @@ class TrainingSettings(Section):
 class HeadSettings(Section):
     "Heads trained on the cached latents of a frozen model."
     decoder_steps: int = knob(400, "gradient steps of the state decoder", "steps", ge=1)
-    decoder_channels: int = knob(32, "width of the state decoder's last layers", ge=4, le=1024)
+    decoder_channels: int = knob(16, "width of the state decoder's last layers", ge=4, le=1024)
     batch_size: int = knob(128, "frames per step", "frames", ge=2)
     learning_rate: float = knob(2e-3, "AdamW's largest step size", gt=0, le=1)
     ridge: float = knob(0.03, "ridge of linear probes, times the number of samples", ge=0)

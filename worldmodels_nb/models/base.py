@@ -6,10 +6,11 @@
 __all__ = ['MODELS', 'LossTerms', 'weighted', 'Trainable', 'WorldModel', 'freeze', 'register', 'model_class', 'build_model',
            'count_parameters']
 
-# %% ../../nbs/20_models.base.ipynb #aaded684
+# %% ../../nbs/20_models.base.ipynb #22310cb7
 from dataclasses import dataclass
 from typing import Callable
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..episodes import Batch, DataSpec
 from ..nn.layers import frames_to_float, stack_frames
@@ -45,7 +46,7 @@ class Trainable(nn.Module):
     ) -> None:
         "Called after each optimiser step; does nothing unless a model needs it."
 
-# %% ../../nbs/20_models.base.ipynb #794ee496
+# %% ../../nbs/20_models.base.ipynb #c4422775
 class WorldModel(Trainable):
     "Encodes frames to latents and rolls latents forward under actions; all that downstream code may use."
     context_length = 1                  # steps of history `rollout` looks at
@@ -59,21 +60,6 @@ class WorldModel(Trainable):
         self.frame_stack, self.spec = settings.model.frame_stack, spec
         self.register_buffer("mean_frame", torch.zeros(spec.frame_shape))   # (C, h, w), 0…1
         self.register_buffer("frame_scale", torch.ones(()))                 # standard deviation of what is left
-
-    def calibrate(self,
-        frames: Tensor,      # uint8 (n, C, h, w): some hundred training frames
-    ) -> "WorldModel":       # itself
-        "Learn what frames look like on average; to be called once, before training."
-        x = frames_to_float(frames)
-        self.mean_frame.copy_(x.mean(0))
-        self.frame_scale.copy_((x - self.mean_frame).std().clamp(min=1e-3))
-        return self
-
-    def prepare(self,
-        frames: Tensor,      # uint8 (B, F-1+T, C, h, w)
-    ) -> Tensor:             # float (B, T, F·C, h, w), centred and scaled
-        "Bytes to stacks of floats: the only place where frames stop being bytes."
-        return stack_frames((frames_to_float(frames) - self.mean_frame) / self.frame_scale, self.frame_stack)
 
     def encode(self,
         frames: Tensor,        # uint8 (B, F-1+T, C, h, w)
@@ -96,6 +82,24 @@ class WorldModel(Trainable):
         "Frames predicted by the model's own decoder, where it has one."
         raise NotImplementedError(f"{type(self).__name__} has no decoder of its own; train a StateDecoder on its latents")
 
+# %% ../../nbs/20_models.base.ipynb #c7530373
+@patch
+def calibrate(self: WorldModel,
+    frames: Tensor,      # uint8 (n, C, h, w): some hundred training frames
+) -> "WorldModel":       # itself
+    "Learn what frames look like on average; to be called once, before training."
+    x = frames_to_float(frames)
+    self.mean_frame.copy_(x.mean(0))
+    self.frame_scale.copy_((x - self.mean_frame).std().clamp(min=1e-3))
+    return self
+
+@patch
+def prepare(self: WorldModel,
+    frames: Tensor,      # uint8 (B, F-1+T, C, h, w)
+) -> Tensor:             # float (B, T, F·C, h, w), centred and scaled
+    "Bytes to stacks of floats: the only place where frames stop being bytes."
+    return stack_frames((frames_to_float(frames) - self.mean_frame) / self.frame_scale, self.frame_stack)
+
 # %% ../../nbs/20_models.base.ipynb #2d389837
 def freeze(
     model: nn.Module,  # any module
@@ -103,15 +107,15 @@ def freeze(
     "No gradients and evaluation mode, for good."
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/20_models.base.ipynb #23ffe438
+# %% ../../nbs/20_models.base.ipynb #b3b1fba3
 MODELS: dict[str, type[WorldModel]] = {}
 
 def register(
     name: str,  # how settings.ini calls it
 ) -> Callable[[type[WorldModel]], type[WorldModel]]:
     "Class decorator that makes a world model known by `name`."
-    def sign_in(model): MODELS[name] = model; return model
-    return sign_in
+    def _sign_in(model): MODELS[name] = model; return model
+    return _sign_in
 
 def model_class(
     name: str,   # a registered name
