@@ -51,7 +51,7 @@ sample: .venv/core
 	$(BIN)/python -c "from worldmodels_nb.episodes import make_sample; print(make_sample())"
 
 readme: .venv/core
-	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g" > $(README)
+	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g" | awk '/^```/ {open = !open; if (open && $$0 == "```") $$0 = "```python"} 1' > $(README)
 
 export: .venv/core
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

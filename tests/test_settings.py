@@ -40,6 +40,7 @@ def test_later_layers_win(tmp_path):
     ("[training]\nsteps = true\n", ["training.steps", "True"]),
     ("[model]\nencoder = \"vit\"\nlatent_dim = 30\n", ["model.latent_dim = 30", "4 attention heads"]),
     ("[run]\nmodels = []\n", ["run.models"]),
+    ("[ppo]\npolicy_type = \"MultiInputPolicy\"\n", ["ppo.policy_type", "CnnPolicy"]),
     ("[fast/training]\nstep = 3\n", ["training.step", "training.steps"]),
     ("[env\nid = 3\n", ["settings.ini"]),
     ("[env]\nid = \"a\"\nid = \"b\"\n", ["already exists"]),

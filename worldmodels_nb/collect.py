@@ -314,14 +314,12 @@ def gather(
             bar.update()
             bar.set_postfix_str(f"{frames / max(bar.format_dict['elapsed'], 1e-9):,.0f} frames/s", refresh=False)
 
-# %% ../nbs/02_collect.ipynb #b144249a
+# %% ../nbs/02_collect.ipynb #7ea2a408
 def _check_ppo(settings: Settings) -> None:
     "Raises `CollectError` for what PPO could only fail at later."
     if importlib.util.find_spec("stable_baselines3") is None:
         raise CollectError('collect.policy is "ppo", which needs an extra: pip install "worldmodels_nb[ppo]"')
     size, kind = settings.env.size, settings.ppo.policy_type
-    if kind not in ("CnnPolicy", "MlpPolicy"):
-        raise CollectError(f"setting 'ppo.policy_type' cannot be {kind!r}; frames go to a 'CnnPolicy' or an 'MlpPolicy'")
     if kind == "CnnPolicy" and size < 36:
         raise CollectError(f"env.size is {size} px, and the convolutions of ppo.policy_type 'CnnPolicy' need 36; raise env.size, or use 'MlpPolicy'")
     if settings.model.frame_stack * (3 if settings.env.color == "rgb" else 1) >= size:
