@@ -6,15 +6,15 @@
 __all__ = ['COLUMNS', 'STYLE', 'WHAT', 'read_rows', 'comparison_csv', 'training_figure', 'table_html', 'filmstrip_rows',
            'latent_figure', 'report_html', 'write_report']
 
-# %% ../nbs/52_report.ipynb #f389a943
+# %% ../nbs/52_report.ipynb #28d6eb06
 import base64, csv, html, io, json, math
 from pathlib import Path
 from typing import Any
 import numpy as np
 from .eval.rollouts import plot_rollouts
-from .experiment import RunError, read_status
-from .settings import Settings, load_settings, write_whole
-from .training.callbacks import read_metrics
+from .experiment import RunError
+from .settings import load_settings, write_whole
+from .training.callbacks import read_metrics, read_result
 from .viz import curves, filmstrip, is_floor, latent_map, png_bytes, save_figure
 
 # %% ../nbs/52_report.ipynb #6873d38b
@@ -124,7 +124,7 @@ def latent_figure(
             if "points" in stored: points[model], color, label = stored["points"], stored["color"], str(stored["label"])
     return latent_map(points, color, label) if points else None
 
-# %% ../nbs/52_report.ipynb #9f16d094
+# %% ../nbs/52_report.ipynb #3f6594f1
 def report_html(
     folder: Path,                # of a run
     rows: list[dict[str, Any]],  # tidy rows
@@ -145,8 +145,9 @@ def report_html(
     parts.append(_section("Where this comes from", "Versions, commit, data and every setting.", f"<pre>{html.escape(json.dumps(origin, indent=1, ensure_ascii=False))}</pre>",
                           f"<pre>{html.escape((folder / 'settings.ini').read_text(encoding='utf-8'))}</pre>"))
     title = f"{settings.env.id}: {', '.join(models)}"
-    intro = (f"<p>Run <b>{html.escape(folder.name)}</b>, seed {settings.run.seed}: {origin['frames']:,} frames in {origin['episodes']:,} episodes; {len(models)} models, each trained for "
-             f"{settings.training.steps:,} steps of {settings.training.batch_size} windows. Intervals are 95 % over validation windows of this one seed: they say nothing about other seeds.</p>")
+    trained = ", ".join(f"{m} for {read_result(folder / 'models' / m / 'world')['steps']:,} steps" for m in models)
+    intro = (f"<p>Run <b>{html.escape(folder.name)}</b>, seed {settings.run.seed}: {origin['frames']:,} frames in {origin['episodes']:,} episodes; trained {trained}, "
+             f"{settings.training.batch_size} windows each. Intervals are 95 % over validation windows of this one seed: they say nothing about other seeds.</p>")
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{intro}{''.join(parts)}</html>"
 
 def write_report(

@@ -9,10 +9,10 @@ __all__ = ['Section', 'knob', 'RunSettings', 'EnvSettings', 'CollectSettings', '
            'settings_table', 'SettingsError', 'nearest', 'make_settings', 'repo_root', 'load_settings', 'write_whole',
            'save_settings', 'seed_everything', 'pick_device']
 
-# %% ../nbs/00_settings.ipynb #61771f93
+# %% ../nbs/00_settings.ipynb #03e65176
 import configparser, difflib, json, os, random, tempfile
 from pathlib import Path
-from typing import Any, Iterable, Literal
+from typing import Annotated, Any, Iterable, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -110,7 +110,7 @@ class CnnSettings(Section):
     hidden: int | None = knob(None, "width of one hidden linear layer; null for none", ge=1)
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
-# %% ../nbs/00_settings.ipynb #806de99a
+# %% ../nbs/00_settings.ipynb #063adee5
 class VitSettings(Section):
     "The vision transformer encoder."
     depth: int = knob(4, "transformer blocks", "blocks", ge=1, le=64)
@@ -133,6 +133,7 @@ class DecoderSettings(Section):
     depth: int = knob(2, "blocks", "blocks", ge=1, le=64)
     heads: int = knob(4, "attention heads; must divide decoder.dim", "heads", ge=1, le=64)
     mlp_dim: int = knob(256, "width of each block's MLP", ge=1)
+    slots: int = knob(8, "memory tokens that each latent and each action is unfolded into", ge=1, le=256)
     patch_size: int = knob(16, "side of a patch it paints; small ones are slow", "px", ge=1, le=64)
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
@@ -160,7 +161,7 @@ class LossSettings(Section):
     std_target: float = knob(1.0, "γ: standard deviation the hinge asks for", gt=0)
     eps: float = knob(1e-4, "keeps the root's slope finite at zero variance", gt=0, lt=1)
 
-# %% ../nbs/00_settings.ipynb #593979f5
+# %% ../nbs/00_settings.ipynb #7d587b17
 class TrainingSettings(Section):
     "One recipe for every trained part."
     steps: int = knob(600, "gradient steps", "steps", ge=1)
@@ -189,12 +190,12 @@ class HeadSettings(Section):
 
 class EvaluationSettings(Section):
     "How the frozen models are measured."
-    horizons: list[int] = knob([1, 2, 4, 8, 16], "steps ahead at which rollouts are scored", "steps", min_length=1)
+    horizons: list[Annotated[int, Field(ge=1)]] = knob([1, 2, 4, 8, 16], "steps ahead at which rollouts are scored", "steps", min_length=1)
     windows: int = knob(256, "validation windows rolled out", "windows", ge=2)
     bootstrap: int = knob(1000, "resamples behind each interval", "resamples", ge=10)
     filmstrips: int = knob(2, "rollouts drawn in the report", "rollouts", ge=1, le=16)
 
-# %% ../nbs/00_settings.ipynb #f31ee683
+# %% ../nbs/00_settings.ipynb #219919dd
 class Settings(BaseModel):
     "Everything an experiment can vary, one attribute per `[section]` of `settings.ini`."
     model_config = Section.model_config
@@ -224,6 +225,8 @@ class Settings(BaseModel):
         for section, width, heads in (("model.latent_dim", self.model.latent_dim, self.vit.heads), ("decoder.dim", self.decoder.dim, self.decoder.heads)):
             if width % heads and (section == "decoder.dim" or self.model.encoder == "vit"):
                 raise ValueError(f"{section} = {width} is not divisible by {heads} attention heads; change one of the two")
+        if self.model.tokens and self.model.encoder == "mlp":
+            raise ValueError("model.encoder = 'mlp' has no grid to make tokens of; set model.tokens = false or choose patch, cnn or vit")
         return self
 
 # %% ../nbs/00_settings.ipynb #aa768e67

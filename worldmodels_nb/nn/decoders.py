@@ -12,26 +12,28 @@ from torch import Tensor, nn
 from .layers import Block
 from ..settings import DecoderSettings
 
-# %% ../../nbs/12_nn.decoders.ipynb #84649224
+# %% ../../nbs/12_nn.decoders.ipynb #49784314
 class TransformerDecoder(nn.Module):
     "Learnt query tokens, one per output patch, that look up a memory by cross-attention."
     def __init__(self,
         memory_dim: int,      # width of the memory's tokens
         channels: int,        # channels to paint
         size: int,            # side of the frame in px, divisible by the patch
-        s: DecoderSettings,   # dim, depth, heads, mlp_dim, patch_size, dropout
+        s: DecoderSettings,   # dim, depth, heads, mlp_dim, slots, patch_size, dropout
     ):
         super().__init__()
         self.patch, self.grid = s.patch_size, size // s.patch_size
         self.queries = nn.Parameter(torch.randn(1, self.grid**2, s.dim))
-        self.memory = nn.Linear(memory_dim, s.dim)
+        self.memory = nn.Linear(memory_dim, s.slots * s.dim)
         self.blocks = nn.ModuleList(Block(s.dim, s.heads, s.mlp_dim, s.dropout, cross=True) for _ in range(s.depth))
         self.norm, self.paint = nn.LayerNorm(s.dim), nn.Linear(s.dim, channels * s.patch_size**2)
+        nn.init.zeros_(self.paint.weight)
 
     def forward(self,
         memory: Tensor,  # (B, M, memory_dim)
     ) -> Tensor:         # (B, channels, size, size)
-        x, memory = self.queries.expand(len(memory), -1, -1), self.memory(memory)   # (B, patches, dim), (B, M, dim)
+        x = self.queries.expand(len(memory), -1, -1)                                # (B, patches, dim)
+        memory = rearrange(self.memory(memory), "b m (s d) -> b (m s) d", d=x.shape[-1])   # (B, M·slots, dim)
         for block in self.blocks: x = block(x, memory)
         x = self.paint(self.norm(x))                                                # (B, patches, C·p·p)
         return rearrange(x, "b (i j) (c p q) -> b c (i p) (j q)", i=self.grid, p=self.patch, q=self.patch)

@@ -33,7 +33,7 @@ class PatchEncoder(nn.Module):
     ) -> Tensor:     # (B, N, D)
         return self.readout(self.convs(x))
 
-# %% ../../nbs/11_nn.encoders.ipynb #9bb22bc3
+# %% ../../nbs/11_nn.encoders.ipynb #1db1ce54
 class TokenReadout(nn.Module):
     "A grid of features to one latent, or to one latent per cell; layer-normed."
     def __init__(self,
@@ -46,7 +46,7 @@ class TokenReadout(nn.Module):
     ):
         super().__init__()
         self.tokens, into = tokens, width if tokens else width * grid**2
-        self.linear = nn.Sequential(nn.Dropout(dropout), mlp([into] + ([hidden] if hidden else []) + [dim]))
+        self.linear = nn.Sequential(nn.LayerNorm(into), nn.Dropout(dropout), mlp([into] + ([hidden] if hidden else []) + [dim]))
         self.norm = nn.LayerNorm(dim)
         self.latent_shape = (grid**2 if tokens else 1, dim)
 
@@ -119,7 +119,7 @@ class VitEncoder(nn.Module):
         if self.pool: x = x[:, :1] if self.cls is not None else x.mean(1, keepdim=True)
         return self.norm(x)
 
-# %% ../../nbs/11_nn.encoders.ipynb #435d2cf4
+# %% ../../nbs/11_nn.encoders.ipynb #33730b4c
 class MlpEncoder(nn.Module):
     "All pixels in one vector, through linear layers."
     def __init__(self,
@@ -128,7 +128,6 @@ class MlpEncoder(nn.Module):
         s: Settings,    # the [mlp] section, model.latent_dim
     ):
         super().__init__()
-        if s.model.tokens: raise SettingsError("model.encoder = 'mlp' has no grid to make tokens of; set model.tokens = false or choose patch, cnn or vit")
         m = s.mlp
         self.net = mlp([channels * size**2] + [m.hidden] * m.layers + [s.model.latent_dim], m.activation, m.dropout)
         self.norm = nn.LayerNorm(s.model.latent_dim)
