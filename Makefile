@@ -9,9 +9,9 @@ export MPLBACKEND = agg
 export PLOTLY_RENDERER = plotly_mimetype
 export PYTHONWARNINGS = ignore::DeprecationWarning:zmq
 
-.PHONY: help demo run lab test unit bench sample readme export clean
+.PHONY: help demo run lab test bench sample readme export
 help:
-	@echo "make demo | lab | test | bench | sample | readme | export"
+	@echo "make demo | run | lab | test | bench | sample | readme | export"
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,9 +29,9 @@ demo run: .venv/core
 .PHONY: experiment
 experiment:
 	@mkdir -p $(RUNS)
-	$(BIN)/papermill nbs/70_run_experiment.ipynb $(RUNS)/$(RUN).ipynb --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr -p run $(RUN) -p preset $(PRESET)
+	@grep -qs '"finished"' $(RUNS)/$(RUN)/status.json || $(BIN)/papermill nbs/70_run_experiment.ipynb $(RUNS)/$(RUN).ipynb --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr -p run $(RUN) -p preset $(PRESET)
 	$(BIN)/papermill nbs/71_run_report.ipynb $(RUNS)/$(RUN).report.ipynb --no-progress-bar -p run $(RUN)
-	@mv $(RUNS)/$(RUN).ipynb $(RUNS)/$(RUN)/run.ipynb; rm -f $(RUNS)/$(RUN).report.ipynb
+	@if [ -f $(RUNS)/$(RUN).ipynb ]; then mv $(RUNS)/$(RUN).ipynb $(RUNS)/$(RUN)/run.ipynb; fi; rm -f $(RUNS)/$(RUN).report.ipynb
 	@echo "The report: $(RUNS)/$(RUN)/report.html"
 
 lab: .venv/core
@@ -39,7 +39,7 @@ lab: .venv/core
 
 # Everything proven: notebooks, then pytest (browser included, once there is one); the time of each part is printed
 test: .venv/dev
-	@if command -v chromium >/dev/null; then echo "chromium: $$(command -v chromium)"; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "installing chromium by apt"; apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation >/dev/null; else echo "no chromium, and no right to install it: browser tests will be skipped (apt-get install chromium)"; fi
+	@if command -v chromium >/dev/null; then echo "chromium: $$(command -v chromium)"; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "installing chromium by apt"; (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation >/dev/null) || echo "chromium could not be installed: browser tests will be skipped"; else echo "no chromium, and no right to install it: browser tests will be skipped (apt-get install chromium)"; fi
 	@began=$$(date +%s); $(BIN)/nbdev-test --n-workers 2 --timing && echo "notebooks: $$(($$(date +%s) - began)) s"
 	@began=$$(date +%s); $(BIN)/python -m pytest --durations 10 && echo "pytest: $$(($$(date +%s) - began)) s"
 

@@ -216,11 +216,12 @@ def test_the_ablation_learns_nothing_of_a_reward_that_the_action_makes(action, t
     assert torch.equal(without(batch.latents, batch.actions), without(batch.latents, other)) and not torch.equal(with_action(batch.latents, batch.actions), with_action(batch.latents, other))
 
 
-def test_looking_ahead_sees_what_only_the_next_latent_says(tmp_path):
+@pytest.mark.parametrize("size", [1., .02])
+def test_looking_ahead_sees_what_only_the_next_latent_says_however_small_the_change(size, tmp_path):
     data = write(tmp_path / "set", CONTINUOUS)
     latents, hidden = data.states[:, None], np.random.default_rng(5).normal(size=(len(data.states), 1, 2)).astype(np.float32)
     data.rewards = hidden[:, 0, 0]                                          # the reward is in the prediction and nowhere else
-    windows = RewardWindows(data, np.arange(len(LENGTHS)), latents, (latents + hidden)[:, None])
+    windows = RewardWindows(data, np.arange(len(LENGTHS)), latents, (latents + np.float32(size) * hidden)[:, None])
     assert ratio(learn(LookAheadRewardPredictor((1, 2), CONTINUOUS, **PLAIN), windows), windows) < .05
     assert ratio(learn(RewardMLP((1, 2), CONTINUOUS, hidden=(8,), dropout=0.), windows, 100), windows) > .5
 

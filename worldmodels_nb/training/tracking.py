@@ -206,7 +206,7 @@ class WandbTracker(Tracker):
         self.declared |= row.keys()
         self.run.log({axis: step, **row})
 
-# %% ../../nbs/32_training.tracking.ipynb #ab380ed2
+# %% ../../nbs/32_training.tracking.ipynb #16ad9dd1
 ANSWER_WITHIN = 15.0  # seconds the service has to open a run
 UPLOAD_WITHIN = 60.0  # seconds it has to take what is left at the end
 
@@ -216,10 +216,11 @@ def _no_service(login: Callable[..., bool]) -> str:
     except Exception as error: return f"Weights & Biases cannot be reached, or refuses the key ({_reason(error)})"
     return 'nobody is logged in to Weights & Biases (say wandb login, or set WANDB_API_KEY, or set tracking.mode to "offline")'
 
+# %% ../../nbs/32_training.tracking.ipynb #a55b0586
 def _open_wandb(folder: Path, config: dict[str, Any], project: str, entity: str | None, run_name_prefix: str, mode: str) -> tuple[Any, Journal]:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     from wandb import Settings, init, login, setup
-    quiet = Settings(silent=True, console="off", disable_code=True, disable_git=True,
+    quiet = Settings(silent=True, console="off", disable_code=True, disable_git=True, x_transaction_log_flush_interval=1.0,
                      init_timeout=ANSWER_WITHIN, finish_timeout=UPLOAD_WITHIN, finish_timeout_raises=True)
     journal = Journal(folder / "tracking.jsonl", run_name(run_name_prefix, datetime.now()))
     if mode == "online": mode = setup(quiet).settings.mode  # WANDB_MODE and `wandb offline` have their say
