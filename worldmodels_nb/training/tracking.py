@@ -231,12 +231,12 @@ def _open_wandb(folder: Path, config: dict[str, Any], project: str, entity: str 
                resume="allow", reinit="create_new", mode=mode, settings=quiet)
     return run, journal
 
-# %% ../../nbs/32_training.tracking.ipynb #564f4a59
+# %% ../../nbs/32_training.tracking.ipynb #93ba89a0
 def make_tracker(
     folder: str | Path,            # of the run; what is written for the service goes below it
     config: Mapping[str, Any],     # the resolved settings by section, sent along
     enabled: bool = False,         # False for a tracker that does nothing
-    project: str = "rl_worlds",  # which of your projects the run is listed in
+    project: str = "rl_worlds",    # which of your projects the run is listed in
     entity: str | None = None,     # user or team; None for your default
     run_name_prefix: str = "exp",  # first word of the run's name
     mode: Literal["online", "offline"] = "online",  # offline writes a folder for wandb sync
