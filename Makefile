@@ -29,7 +29,7 @@ demo run: .venv/core
 .PHONY: experiment
 experiment:
 	@mkdir -p $(RUNS)
-	@grep -qs '"finished"' $(RUNS)/$(RUN)/status.json || $(BIN)/papermill nbs/70_run_experiment.ipynb $(RUNS)/$(RUN).ipynb --no-progress-bar --stdout-file /dev/stdout --stderr-file /dev/stderr -p run $(RUN) -p preset $(PRESET)
+	@grep -qs '"finished"' $(RUNS)/$(RUN)/status.json || $(BIN)/papermill nbs/70_run_experiment.ipynb $(RUNS)/$(RUN).ipynb --no-progress-bar --stdout-file - --stderr-file - -p run $(RUN) -p preset $(PRESET)
 	$(BIN)/papermill nbs/71_run_report.ipynb $(RUNS)/$(RUN).report.ipynb --no-progress-bar -p run $(RUN)
 	@if [ -f $(RUNS)/$(RUN).ipynb ]; then mv $(RUNS)/$(RUN).ipynb $(RUNS)/$(RUN)/run.ipynb; fi; rm -f $(RUNS)/$(RUN).report.ipynb
 	@echo "The report: $(RUNS)/$(RUN)/report.html"
