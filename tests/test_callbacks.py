@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from worldmodels_nb.models.base import LossTerms, Trainable
 from worldmodels_nb.settings import TrainingSettings
 from worldmodels_nb.training import callbacks as module
-from worldmodels_nb.training.callbacks import (BestWeights, Checkpoint, EarlyStopping, Metrics, NaNGuard, Pictures, Progress, Resume, Validation, aside,
+from worldmodels_nb.training.callbacks import (BestWeights, Checkpoint, EarlyStopping, Metrics, NaNGuard, Progress, Resume, Validation, aside,
                                                fixed_parts, on_host, read_metrics, read_result, read_state, train)
 from worldmodels_nb.training.fit import Callback, TrainingError, WeightsError, fit, save_weights, weights_hash
 from worldmodels_nb.viz import curves

@@ -1,5 +1,5 @@
 "The repository keeps its own promises: package in sync, notebooks clean and small, README fresh, nothing unsafe."
-import json, re, shutil, subprocess, sys
+import re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat
 import pytest

@@ -10,7 +10,7 @@ from torch import nn
 from worldmodels_nb.collect import Episode
 from worldmodels_nb.envs import ActionSpec
 from worldmodels_nb.episodes import DataSpec, EpisodeWriter, Windows, open_dataset, sample_dataset
-from worldmodels_nb.models.base import WorldModel, build_model
+from worldmodels_nb.models.base import WorldModel
 from worldmodels_nb.models.encdec import EncoderDecoder
 from worldmodels_nb.models.jepa import JEPA
 from worldmodels_nb.nn.layers import frames_to_float, stack_frames

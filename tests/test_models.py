@@ -1,6 +1,5 @@
 "The contract every registered model keeps, on random data of every kind the settings allow."
 import itertools
-import numpy as np
 import pytest
 import torch
 from worldmodels_nb.envs import ActionSpec

@@ -1,5 +1,4 @@
 "What a figure promises: one fixed scale, one colour per model, zero where a bar begins, and no global state."
-import sys
 
 import numpy as np
 import pytest

@@ -303,7 +303,7 @@ def _strips(self: Experiment, world: WorldModel, decoder: StateDecoder, batch) -
     except NotImplementedError: pass
     return strips
 
-# %% ../nbs/50_experiment.ipynb #d68e2e44
+# %% ../nbs/50_experiment.ipynb #a6e59dfa
 @patch
 def panel_rows(self: Experiment,
     model: str,             # a model's name
@@ -322,15 +322,14 @@ def panel_rows(self: Experiment,
 
 @patch
 def cost_rows(self: Experiment,
-    model: str,          # a model's name
-    world: WorldModel,   # the trained one
+    model: str,  # a model's name
 ) -> list[dict[str, Any]]:
     "Parameters of each part, training seconds, steps."
     s, result = self.settings, read_result(self.part(model, "world"))
     costs = {f"parameters {part}": n for part, n in result["parameters"].items()} | dict(steps=result["steps"], best_step=result["best_step"], seconds=result["seconds"])
     return [tidy_row(s.env.id, model, "cost", name, 0, s.run.seed, value) for name, value in costs.items()]
 
-# %% ../nbs/50_experiment.ipynb #57d70922
+# %% ../nbs/50_experiment.ipynb #5e7a6146
 @patch
 def evaluate(self: Experiment,
     model: str,  # a model's name
@@ -344,7 +343,7 @@ def evaluate(self: Experiment,
         rows = self.probe_rows(model, latents, probe) + self.probe_rows(f"floor:untrained ({model})", untrained, self.probe(untrained)) + rows
         shown = self.rows_of(validation=True, at_most=1000)
         arrays |= dict(points=pca2(latents[shown].reshape(len(shown), -1)), color=self.dataset.states[shown, 0], label=np.array(self.dataset.spec.state_names[0]))
-    rows += self.panel_rows(model, world, latents, probe) + self.cost_rows(model, world)
+    rows += self.panel_rows(model, world, latents, probe) + self.cost_rows(model)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_whole(self.folder / "models" / model / "evaluation.npz", buffer.getvalue())

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'STYLE', 'WHAT', 'read_rows', 'comparison_csv', 'training_figure', 'table_html', 'filmstrip_rows',
            'latent_figure', 'report_html', 'write_report']
 
-# %% ../nbs/52_report.ipynb #28d6eb06
+# %% ../nbs/52_report.ipynb #80076c1d
 import base64, csv, html, io, json, math
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .eval.rollouts import plot_rollouts
 from .experiment import RunError
 from .settings import load_settings, write_whole
 from .training.callbacks import read_metrics, read_result
-from .viz import curves, filmstrip, is_floor, latent_map, png_bytes, save_figure
+from .viz import curves, filmstrip, is_floor, latent_map, save_figure
 
 # %% ../nbs/52_report.ipynb #6873d38b
 COLUMNS = ("env", "model", "protocol", "metric", "horizon", "seed", "value", "low", "high", "n")
@@ -80,7 +80,7 @@ def table_html(
         body += f"<tr><th>{name}<br><small>n = {n}</small></th>" + "".join(_cell(found.get((metric, horizon, m))) for m in models) + "</tr>"
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
-# %% ../nbs/52_report.ipynb #80ed086d
+# %% ../nbs/52_report.ipynb #40c5c22e
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2{line-height:1.2}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd}
 th:first-child{text-align:left}.floor{color:#777;font-style:italic}img{max-width:100%}small{color:#777}pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:13px}"""
@@ -95,8 +95,8 @@ def _section(title: str, words: str, *parts: str) -> str:
     return f"<h2>{html.escape(title)}</h2><p>{html.escape(words)}</p>" + "".join(parts)
 
 def _image(figure, name: str, folder: Path) -> str:
-    save_figure(figure, folder / "pictures" / f"{name}.png")
-    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png_bytes(figure)).decode()}"></p>'
+    picture = save_figure(figure, folder / "pictures" / f"{name}.png").read_bytes()
+    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>'
 
 # %% ../nbs/52_report.ipynb #d6e4aa5c
 def filmstrip_rows(

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'frames_to_float', 'stack_frames', 'ActionEmbedding', 'mlp', 'Attention', 'Block']
 
-# %% ../../nbs/10_nn.layers.ipynb #7c6eb8f2
-import torch
+# %% ../../nbs/10_nn.layers.ipynb #ae155d25
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F

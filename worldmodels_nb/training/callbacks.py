@@ -8,8 +8,8 @@ __all__ = ['READ_EVERY', 'STATE_SCHEMA', 'RESULT_SCHEMA', 'FILES', 'on_host', 'P
            'EarlyStopping', 'Checkpoint', 'read_state', 'check_recipe', 'Resume', 'NaNGuard', 'Pictures',
            'standard_callbacks', 'read_result', 'train']
 
-# %% ../../nbs/31_training.callbacks.ipynb #17e781fa
-import hashlib, io, json, math, time
+# %% ../../nbs/31_training.callbacks.ipynb #a99a8067
+import hashlib, io, json, math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
