@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['Section', 'knob', 'RunSettings', 'EnvSettings', 'CollectSettings', 'PPOSettings', 'DataSettings', 'ModelSettings',
-           'PatchSettings', 'CnnSettings', 'VitSettings', 'MlpSettings', 'DecoderSettings', 'PredictorSettings',
-           'JepaSettings', 'LossSettings', 'TrainingSettings', 'HeadSettings', 'EvaluationSettings', 'Settings',
-           'settings_table', 'SettingsError', 'nearest', 'make_settings', 'repo_root', 'load_settings', 'write_whole',
-           'save_settings', 'seed_everything', 'pick_device']
+           'PatchSettings', 'CnnSettings', 'VitSettings', 'MlpSettings', 'DecoderSettings', 'Recipe', 'ModelRecipe',
+           'EncdecSettings', 'EncdecJepaSettings', 'PredictorSettings', 'JepaSettings', 'LossSettings',
+           'BarlowSettings', 'DinoSettings', 'SigregSettings', 'MaskedSettings', 'AcSettings', 'TrainingSettings',
+           'HeadRecipe', 'StateDecoderSettings', 'RewardMLPSettings', 'LarpSettings', 'ProbeSettings',
+           'EvaluationSettings', 'TrackingSettings', 'misfit', 'Settings', 'settings_table', 'SettingsError', 'nearest',
+           'make_settings', 'repo_root', 'load_settings', 'write_whole', 'save_settings', 'seed_everything',
+           'pick_device']
 
 # %% ../nbs/00_settings.ipynb #03e65176
 import configparser, difflib, json, os, random, tempfile
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Iterable, Literal
 import numpy as np
 import torch
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/00_settings.ipynb #ef7f3bb9
@@ -35,8 +39,8 @@ def knob(
 # %% ../nbs/00_settings.ipynb #4fa9a173
 class RunSettings(Section):
     "What to run, on which device, from which seed."
-    models: list[str] = knob(["encdec", "jepa"], "which world models to train and compare, by registered name", min_length=1)
-    stages: list[Literal["data", "train", "heads", "evaluate"]] = knob(["data", "train", "heads", "evaluate"], "which stages of the experiment to run", min_length=1)
+    models: list[str] = knob(["encdec", "encdec_jepa", "jepa"], "which world models to train and compare, by registered name", min_length=1)
+    stages: list[Literal["data", "train", "masked", "ac", "heads", "evaluate"]] = knob(["data", "train", "heads", "evaluate"], "which stages of the experiment to run; masked and ac are the two that train makes of V-JEPA 2, each alone", min_length=1)
     seed: int = knob(0, "everything random is derived from it", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "auto takes CUDA, then MPS, then the CPU")
     threads: int = knob(0, "CPU threads for torch; 0 leaves torch's own choice", "threads", ge=0, le=256)
@@ -128,38 +132,147 @@ class MlpSettings(Section):
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
 class DecoderSettings(Section):
-    "The transformer decoder that turns a latent and an action into a frame."
+    "The decoder that turns latents (and an action) into a frame."
+    type: Literal["transformer", "conv"] = knob("transformer", "query tokens that look the latents up, or a stack of growing convolutions")
     dim: int = knob(128, "width of its tokens", ge=1, le=4096)
     depth: int = knob(2, "blocks", "blocks", ge=1, le=64)
     heads: int = knob(4, "attention heads; must divide decoder.dim", "heads", ge=1, le=64)
     mlp_dim: int = knob(256, "width of each block's MLP", ge=1)
     slots: int = knob(8, "memory tokens that each latent and each action is unfolded into", ge=1, le=256)
     patch_size: int = knob(16, "side of a patch it paints; small ones are slow", "px", ge=1, le=64)
+    channels: int = knob(32, "conv: width of its last layer; twice as many in each before it", ge=4, le=1024)
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
 # %% ../nbs/00_settings.ipynb #adaab890
+class Recipe(Section):
+    "How one part is trained, where that differs from `[training]`."
+    steps: int | None = knob(None, "gradient steps; null as in [training]", "steps", ge=1)
+    epochs: float | None = knob(None, "passes over its training windows, in place of steps; null counts steps", "epochs", gt=0)
+    batch_size: int | None = knob(None, "windows per step; null as in [training]", "windows", ge=2)
+    learning_rate: float | None = knob(None, "AdamW's largest step size; null as in [training]", gt=0, le=1)
+    weight_decay: float | None = knob(None, "AdamW's pull to zero; null as in [training]", ge=0, le=1)
+    patience: int | None = knob(None, "validations without improvement before stopping; 0 never; null as in [training]", "validations", ge=0)
+    delta: float | None = knob(None, "what counts as improvement; null as in [training]", ge=0)
+
+class ModelRecipe(Recipe):
+    "How one world model is trained, and from which weights."
+    load: str | None = knob(None, "start from these weights: a run's folder (this model's best), or a .safetensors file; null starts afresh")
+    train_loaded: bool = knob(False, "go on training what was loaded; false takes it as it is")
+
+class EncdecSettings(ModelRecipe):
+    "The encoder-decoder's own recipe."
+
+class EncdecJepaSettings(ModelRecipe):
+    "The own recipe of the encoder-decoder with JEPA's predictor."
+
+# %% ../nbs/00_settings.ipynb #7b23952a
 class PredictorSettings(Section):
     "The latent predictor: from a latent and an action to the next latent."
-    type: Literal["gru", "mlp"] = knob("gru", "a GRU cell whose state is the latent, or a residual MLP")
+    type: Literal["gru", "mlp", "transformer"] = knob("gru", "a GRU cell whose state is the latent, a residual MLP, or attention over tokens and action")
     hidden: list[int] = knob([256, 256], "widths of the MLP's hidden layers")
+    depth: int = knob(2, "transformer: blocks", "blocks", ge=1, le=64)
+    heads: int = knob(4, "transformer: attention heads; must divide model.latent_dim", "heads", ge=1, le=64)
+    mlp_dim: int = knob(256, "transformer: width of each block's MLP", ge=1)
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
-class JepaSettings(Section):
-    "JEPA's target side."
-    target: Literal["none", "ema"] = knob("none", "targets from the online encoder itself, or from a slowly moving copy")
+class JepaSettings(ModelRecipe):
+    "JEPA's target side, and its own recipe."
+    target: Literal["none", "vjepa2", "default"] = knob("none", "which encoder sees what: one for all; online present and EMA target; EMA present and target, the online one learning by the auxiliary terms alone")
     stop_gradient: bool = knob(False, "with target none: keep gradients out of the target")
     ema_decay: float = knob(0.99, "how slowly the copy moves: its share kept each step", "share", ge=0, le=1)
 
+# %% ../nbs/00_settings.ipynb #d54025fd
 class LossSettings(Section):
     "Weights of the terms; 0 switches a term off (and it is not computed)."
     prediction: float = knob(8.0, "squared error of predicted latents", ge=0)
     variance: float = knob(16.0, "VICReg hinge: each coordinate keeps a standard deviation", ge=0)
     covariance: float = knob(0.06, "VICReg: coordinates do not repeat each other; it grows with model.latent_dim", ge=0)
+    invariance: float = knob(0.0, "VICReg: the two views agree; needs loss.views = two", ge=0)
+    barlow: float = knob(0.0, "Barlow Twins: the cross-correlation of two views is the identity", ge=0)
+    dino: float = knob(0.0, "DINO: one view's soft assignment is told by the other's, sharpened and centred", ge=0)
+    sigreg: float = knob(0.0, "SIGReg: every direction of the latents looks like a standard normal", ge=0)
     smoothness: float = knob(12.0, "neighbours in time stay near", ge=0)
     inverse: float = knob(1.0, "the action can be read from two neighbouring latents", ge=0)
-    auxiliary: float = knob(0.0, "share of the anti-collapse terms added to pixel models", ge=0)
-    std_target: float = knob(1.0, "γ: standard deviation the hinge asks for", gt=0)
+    views: Literal["two", "one"] = knob("two", "two: the prediction of a latent beside that latent; one: the latent alone, of which Barlow Twins keeps the decorrelation and DINO the sharpening")
+    projector: list[Annotated[int, Field(ge=1)]] = knob([], "widths of an MLP before VICReg, Barlow Twins, DINO and SIGReg, as in [512, 512]; none by default")
+    jepa: float = knob(1.0, "share of all auxiliary terms in JEPA's loss", ge=0)
+    pixel: float = knob(0.0, "share of all auxiliary terms in a pixel model's loss", ge=0)
+    std_target: float = knob(1.0, "γ: standard deviation the variance hinge asks for", gt=0)
     eps: float = knob(1e-4, "keeps the root's slope finite at zero variance", gt=0, lt=1)
+
+# %% ../nbs/00_settings.ipynb #5e3b9c80
+class BarlowSettings(Section):
+    "Barlow Twins."
+    off_diagonal: float = knob(0.0051, "λ: weight of the off-diagonal entries beside the diagonal", ge=0)
+    eps: float = knob(1e-5, "added to each variance before coordinates are standardised", gt=0, lt=1)
+
+class DinoSettings(Section):
+    "DINO."
+    student_temperature: float = knob(0.1, "softness of the assignment that learns", gt=0, le=10)
+    teacher_temperature: float = knob(0.04, "softness of the assignment that teaches; smaller is sharper", gt=0, le=10)
+    center_decay: float = knob(0.9, "how slowly the teacher's centre moves: its share kept each step", "share", ge=0, le=1)
+
+class SigregSettings(Section):
+    "SIGReg (LeJEPA)."
+    directions: int = knob(64, "random directions drawn at each step", "directions", ge=1, le=65536)
+    points: int = knob(17, "points at which characteristic functions are compared", "points", ge=2, le=1024)
+    largest: float = knob(3.0, "the largest of these points", gt=0, le=100)
+
+# %% ../nbs/00_settings.ipynb #9c89054c
+class MaskedSettings(ModelRecipe):
+    "V-JEPA 2's first stage: an encoder learns from hidden parts of clips."
+    steps: int | None = knob(400, "gradient steps; null as in [training]", "steps", ge=1)
+    batch_size: int | None = knob(16, "clips per step; null as in [training]", "clips", ge=2)
+    pretrained: str | None = knob(None, "folder or file of released V-JEPA 2 weights, or a hub id (extra: hf), in place of this stage; null trains")
+    frames: int = knob(4, "frames of a clip", "frames", ge=1, le=256)
+    tubelet_size: int = knob(1, "frames that one token spans; must divide masked.frames", "frames", ge=1, le=16)
+    patch_size: int = knob(8, "side of the patch that one token spans", "px", ge=1, le=64)
+    dim: int = knob(64, "D: width of a token", ge=6, le=4096)
+    depth: int = knob(2, "encoder blocks", "blocks", ge=1, le=64)
+    heads: int = knob(2, "attention heads; each needs a width of 6 or more", "heads", ge=1, le=64)
+    mlp_ratio: float = knob(4.0, "width of each block's MLP, in token widths; the predictor's too", gt=0, le=16)
+    predictor: Literal["transformer", "mlp"] = knob("transformer", "attention over visible tokens and mask tokens, or mask tokens in the encoder and an MLP on what comes out")
+    predictor_dim: int = knob(48, "width of the predictor", ge=6, le=4096)
+    predictor_depth: int = knob(2, "transformer: blocks of the predictor", "blocks", ge=1, le=64)
+    predictor_heads: int = knob(1, "transformer: attention heads of the predictor", "heads", ge=1, le=64)
+    masking: Literal["blocks", "random", "tubes"] = knob("blocks", "hide rectangles for the whole clip, single tokens, or single places for the whole clip")
+    ratio: float = knob(0.75, "random and tubes: share of tokens hidden", "share", gt=0, lt=1)
+    blocks: list[Annotated[int, Field(ge=1)]] = knob([8, 2], "blocks: rectangles of each mask; as many masks a step as there are numbers here", "rectangles", min_length=1)
+    scales: list[Annotated[float, Field(gt=0, lt=1)]] = knob([0.15, 0.7], "blocks: share of the frame that one rectangle of each mask covers", "share", min_length=1)
+    aspect: list[Annotated[float, Field(gt=0)]] = knob([0.75, 1.5], "blocks: least and largest height of a rectangle over its width", min_length=2, max_length=2)
+    ema_start: float = knob(0.99, "how slowly the target encoder follows at first: its share kept each step", "share", ge=0, le=1)
+    ema_end: float = knob(1.0, "and at the end; in between it rises evenly", "share", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _fit_together(self):
+        if self.frames % self.tubelet_size: raise ValueError(f"masked.frames = {self.frames} is not divisible by masked.tubelet_size = {self.tubelet_size}; change one of the two")
+        for width, heads in (("dim", "heads"), ("predictor_dim", "predictor_heads")):
+            w, h = getattr(self, width), getattr(self, heads)
+            if width == "predictor_dim" and self.predictor == "mlp": continue
+            if w % h or w // h < 6: raise ValueError(f"masked.{width} = {w} cannot be shared out among masked.{heads} = {h} attention heads of width 6 or more; change one of the two")
+        if len(self.blocks) != len(self.scales): raise ValueError(f"masked.blocks names {len(self.blocks)} masks and masked.scales {len(self.scales)}; give as many numbers in both")
+        if self.aspect[0] > self.aspect[1]: raise ValueError(f"masked.aspect = {self.aspect} has its larger number first; turn them round")
+        if self.ema_start > self.ema_end: raise ValueError(f"masked.ema_start = {self.ema_start} is above masked.ema_end = {self.ema_end}; lower it")
+        return self
+
+# %% ../nbs/00_settings.ipynb #207c0db0
+class AcSettings(ModelRecipe):
+    "V-JEPA 2's second stage: a transformer learns what actions do to the frozen encoder's tokens."
+    window: int = knob(8, "T: steps of a training window", "steps", ge=1, le=256)
+    context_length: int = knob(8, "L: steps a token looks back at, its own counted; no more than ac.window ever shows", "steps", ge=1, le=256)
+    teacher_forcing: float = knob(0.8, "r: share of the loss on one-step predictions from true latents; the rest is on rollouts", "share", ge=0, le=1)
+    rollout_steps: int = knob(2, "K: steps that the rollout loss predicts from a window's first frame; at most ac.window", "steps", ge=1, le=256)
+    dim: int = knob(64, "width of the transformer", ge=6, le=4096)
+    depth: int = knob(2, "blocks", "blocks", ge=1, le=64)
+    heads: int = knob(2, "attention heads; must divide ac.dim and leave each a width of 6", "heads", ge=1, le=64)
+    mlp_ratio: float = knob(4.0, "width of each block's MLP, in widths of the transformer", gt=0, le=16)
+
+    @model_validator(mode="after")
+    def _fit_together(self):
+        if self.dim % self.heads or self.dim // self.heads < 6: raise ValueError(f"ac.dim = {self.dim} cannot be shared out among ac.heads = {self.heads} attention heads of width 6 or more; change one of the two")
+        for key in ("context_length", "rollout_steps"):
+            if getattr(self, key) > self.window: raise ValueError(f"ac.{key} = {getattr(self, key)} is more than ac.window = {self.window}, the steps that training shows; lower it or raise ac.window")
+        return self
 
 # %% ../nbs/00_settings.ipynb #7d587b17
 class TrainingSettings(Section):
@@ -173,6 +286,7 @@ class TrainingSettings(Section):
     warmup: float = knob(0.05, "share of steps over which the rate rises", "share", ge=0, le=1)
     schedule: Literal["cosine", "constant"] = knob("cosine", "what the rate does after warming up")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 does not clip", ge=0)
+    bf16: bool = knob(False, "compute losses in bfloat16 where that is safe (autocast); weights stay float32")
     validate_every: int = knob(100, "steps between validations", "steps", ge=1)
     validation_batches: int = knob(4, "batches per validation, always the same ones", "batches", ge=1)
     checkpoint_every: int = knob(100, "steps between checkpoints for resuming", "steps", ge=1)
@@ -180,13 +294,36 @@ class TrainingSettings(Section):
     patience: int = knob(0, "validations without improvement before stopping; 0 never stops early", "validations", ge=0)
     delta: float = knob(0.0, "what counts as improvement", ge=0)
 
-class HeadSettings(Section):
-    "Heads trained on the cached latents of a frozen model."
-    decoder_steps: int = knob(400, "gradient steps of the state decoder", "steps", ge=1)
-    decoder_channels: int = knob(16, "width of the state decoder's last layers", ge=4, le=1024)
-    batch_size: int = knob(128, "frames per step", "frames", ge=2)
-    learning_rate: float = knob(2e-3, "AdamW's largest step size", gt=0, le=1)
+# %% ../nbs/00_settings.ipynb #99baa2f9
+class HeadRecipe(Recipe):
+    "How a head is trained on the cached latents of a frozen model."
+    steps: int | None = knob(400, "gradient steps; null as in [training]", "steps", ge=1)
+    batch_size: int | None = knob(128, "frames or paths per step; null as in [training]", "samples", ge=2)
+
+class StateDecoderSettings(HeadRecipe):
+    "The state decoder: the same small network for every model, to look at its latents."
+    channels: int = knob(16, "width of its last layers", ge=4, le=1024)
+    latents: Literal["present", "predicted"] = knob("present", "what it learns to paint: latents of frames, or the model's prediction of them one step ahead")
+
+class RewardMLPSettings(HeadRecipe):
+    "The reward MLP: what a step earns, from its latent and the action."
+    enabled: bool = knob(True, "train it, with its ablation that sees no action, and its oracle on physical state")
+    episodes: int | None = knob(320, "training episodes whose steps it learns from; null for all", "episodes", ge=1)
+    hidden: list[Annotated[int, Field(ge=1)]] = knob([256, 256, 256], "widths of the hidden layers")
+    action_dim: int = knob(32, "width of the embedded action", ge=1, le=1024)
+    activation: Literal["relu", "gelu", "silu", "tanh"] = knob("relu", "nonlinearity")
+    batch_norm: bool = knob(False, "normalise hidden layers over the batch")
+    dropout: float = knob(0.0, "share of hidden activations dropped in training", "share", ge=0, lt=1)
+
+class LarpSettings(RewardMLPSettings):
+    "The look-ahead reward predictor: the same, and the model's own prediction of the next latent."
+    enabled: bool = knob(True, "train it, and its oracle on physical state")
+
+class ProbeSettings(Section):
+    "Probes that read the physical state off frozen latents."
     ridge: float = knob(0.03, "ridge of linear probes, times the number of samples", ge=0)
+    mlp_steps: int = knob(400, "gradient steps of the MLP probe; 0 leaves it out", "steps", ge=0)
+    mlp_hidden: int = knob(256, "width of the MLP probe's hidden layer", ge=1)
 
 class EvaluationSettings(Section):
     "How the frozen models are measured."
@@ -194,6 +331,28 @@ class EvaluationSettings(Section):
     windows: int = knob(256, "validation windows rolled out", "windows", ge=2)
     bootstrap: int = knob(1000, "resamples behind each interval", "resamples", ge=10)
     filmstrips: int = knob(2, "rollouts drawn in the report", "rollouts", ge=1, le=16)
+
+class TrackingSettings(Section):
+    "A mirror of the run at Weights & Biases (extra: wandb); local files are always written."
+    enabled: bool = knob(False, "send metrics, settings and pictures there as well")
+    project: str = knob("rl_worlds", "which of your projects the run is listed in", min_length=1)
+    entity: str | None = knob(None, "user or team; null for your default")
+    run_name_prefix: str = knob("exp", "first word of the run's name, as in exp-20250101-120000", min_length=1)
+    mode: Literal["online", "offline"] = knob("online", "offline writes a folder that wandb sync uploads")
+
+# %% ../nbs/00_settings.ipynb #c7050aef
+def misfit(
+    s: "Settings",  # each section valid by itself
+) -> str | None:    # one sentence; None if all fits
+    "What in these settings does not fit together, and what to change."
+    vit, queries = s.model.encoder == "vit", s.decoder.type == "transformer"
+    for section, side, used in (("model", s.model.patch_size, vit or s.model.encoder == "patch"), ("decoder", s.decoder.patch_size, queries)):
+        if used and s.env.size % side: return f"env.size = {s.env.size} is not divisible by {section}.patch_size = {side}; change one of the two"
+    for width, heads, used in (("model.latent_dim", "vit.heads", vit), ("model.latent_dim", "predictor.heads", s.predictor.type == "transformer"), ("decoder.dim", "decoder.heads", queries)):
+        D, h = (getattr(getattr(s, key.split(".")[0]), key.split(".")[1]) for key in (width, heads))
+        if used and D % h: return f"{width} = {D} is not divisible by {heads} = {h} attention heads; change one of the two"
+    if s.model.tokens and s.model.encoder == "mlp": return "model.encoder = 'mlp' has no grid to make tokens of; set model.tokens = false or choose patch, cnn or vit"
+    if s.loss.invariance and s.loss.views == "one": return "loss.invariance compares two views, and loss.views is 'one'; set loss.views = \"two\" or loss.invariance = 0"
 
 # %% ../nbs/00_settings.ipynb #219919dd
 class Settings(BaseModel):
@@ -210,24 +369,41 @@ class Settings(BaseModel):
     vit: VitSettings = Field(default_factory=VitSettings)
     mlp: MlpSettings = Field(default_factory=MlpSettings)
     decoder: DecoderSettings = Field(default_factory=DecoderSettings)
+    encdec: EncdecSettings = Field(default_factory=EncdecSettings)
+    encdec_jepa: EncdecJepaSettings = Field(default_factory=EncdecJepaSettings)
     predictor: PredictorSettings = Field(default_factory=PredictorSettings)
     jepa: JepaSettings = Field(default_factory=JepaSettings)
+    masked: MaskedSettings = Field(default_factory=MaskedSettings)
+    ac: AcSettings = Field(default_factory=AcSettings)
     loss: LossSettings = Field(default_factory=LossSettings)
+    barlow: BarlowSettings = Field(default_factory=BarlowSettings)
+    dino: DinoSettings = Field(default_factory=DinoSettings)
+    sigreg: SigregSettings = Field(default_factory=SigregSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
-    heads: HeadSettings = Field(default_factory=HeadSettings)
+    state_decoder: StateDecoderSettings = Field(default_factory=StateDecoderSettings)
+    reward_mlp: RewardMLPSettings = Field(default_factory=RewardMLPSettings)
+    larp: LarpSettings = Field(default_factory=LarpSettings)
+    probe: ProbeSettings = Field(default_factory=ProbeSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings)
 
     @model_validator(mode="after")
     def _fit_together(self):
-        for section, patch in (("model", self.model.patch_size), ("decoder", self.decoder.patch_size)):
-            if self.env.size % patch and (section == "decoder" or self.model.encoder in ("patch", "vit")):
-                raise ValueError(f"env.size = {self.env.size} is not divisible by {section}.patch_size = {patch}; change one of the two")
-        for section, width, heads in (("model.latent_dim", self.model.latent_dim, self.vit.heads), ("decoder.dim", self.decoder.dim, self.decoder.heads)):
-            if width % heads and (section == "decoder.dim" or self.model.encoder == "vit"):
-                raise ValueError(f"{section} = {width} is not divisible by {heads} attention heads; change one of the two")
-        if self.model.tokens and self.model.encoder == "mlp":
-            raise ValueError("model.encoder = 'mlp' has no grid to make tokens of; set model.tokens = false or choose patch, cnn or vit")
+        if wrong := misfit(self): raise ValueError(wrong)
         return self
+
+# %% ../nbs/00_settings.ipynb #09b3925d
+@patch
+def recipe(self: Settings,
+    part: str,  # a section that holds a recipe: a world model's name, state_decoder, reward_mlp, larp; any other takes [training] as it is
+) -> TrainingSettings:
+    "How a part is trained: `[training]`, and what the part's own section says otherwise."
+    own = getattr(self, part, None)
+    if not isinstance(own, Recipe): return self.training
+    said = {key: value for key in Recipe.model_fields if (value := getattr(own, key)) is not None}
+    if "epochs" in said: said.pop("steps", None)
+    elif "steps" in said: said["epochs"] = None
+    return self.training.model_copy(update=said)
 
 # %% ../nbs/00_settings.ipynb #aa768e67
 def settings_table(
@@ -267,7 +443,7 @@ def _explain(error: ValidationError) -> str:
     key, given = ".".join(str(part) for part in first["loc"][:2]), first["input"]
     if first["type"] == "extra_forbidden":
         return f"unknown setting {key!r}{nearest(key, _known_keys() if '.' in key else Settings.model_fields)}"
-    if not key: return first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error": return first["msg"].removeprefix("Value error, ")
     row = next((r for r in settings_table(key.split(".")[0]) if r["key"] == key), {})
     allowed = f" (allowed: {row['allowed']})" if row.get("allowed") else ""
     return f"setting {key!r} cannot be {given!r}: {first['msg'][0].lower() + first['msg'][1:]}{allowed}"
