@@ -10,7 +10,7 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from .layers import ACTIVATIONS, Block, mlp
+from .layers import ACTIVATIONS, Block, mlp, patch_grid
 from ..settings import Settings, SettingsError
 
 # %% ../../nbs/11_nn.encoders.ipynb #2ea93022
@@ -22,7 +22,7 @@ class PatchEncoder(nn.Module):
         s: Settings,    # model.latent_dim, model.patch_size, model.tokens, patch.channels
     ):
         super().__init__()
-        width, grid = s.patch.channels, math.ceil(size / s.model.patch_size / 2)
+        width, grid = s.patch.channels, math.ceil(patch_grid(size, s.model.patch_size) / 2)
         self.convs = nn.Sequential(nn.Conv2d(channels, width, s.model.patch_size, s.model.patch_size), nn.ReLU(),
                                    nn.Conv2d(width, width, 3, 2, 1), nn.ReLU())
         self.readout = TokenReadout(width, grid, s.model.latent_dim, s.model.tokens)
@@ -86,7 +86,7 @@ def sincos_positions(
     dim: int,   # D, divisible by 4
 ) -> Tensor:    # (grid², D)
     "Fixed 2-D sine-cosine position embedding: half the width for the row, half for the column. Raises `SettingsError`."
-    if dim % 4: raise SettingsError(f"model.latent_dim = {dim} is not divisible by 4, which the ViT's positions need; change it")
+    if dim % 4: raise SettingsError(f"model.latent_dim = {dim} is not divisible by 4, which sine-cosine positions need; change it")
     rates = 10000 ** (-torch.arange(dim // 4) / (dim // 4))             # (D/4,)
     angle = torch.arange(grid)[:, None] * rates                         # (grid, D/4)
     one = torch.cat([angle.sin(), angle.cos()], dim=1)                  # (grid, D/2)
@@ -101,7 +101,7 @@ class VitEncoder(nn.Module):
         s: Settings,    # the [vit] section, model.latent_dim, model.patch_size, model.tokens
     ):
         super().__init__()
-        v, dim, grid = s.vit, s.model.latent_dim, size // s.model.patch_size
+        v, dim, grid = s.vit, s.model.latent_dim, patch_grid(size, s.model.patch_size)
         self.embed = nn.Conv2d(channels, dim, s.model.patch_size, s.model.patch_size)
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if v.pool == "cls" and not s.model.tokens else None
