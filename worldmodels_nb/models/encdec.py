@@ -11,10 +11,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
+from ..auxiliary import Auxiliary
 from ..episodes import Batch, DataSpec
-from ..losses import AntiCollapse
 from .base import LossTerms, WorldModel, register, weighted
-from ..nn.decoders import TransformerDecoder
+from ..nn.decoders import build_decoder
 from ..nn.encoders import build_encoder
 from ..nn.layers import ActionEmbedding
 from ..settings import Settings
@@ -22,46 +22,63 @@ from ..settings import Settings
 # %% ../../nbs/21_models.encdec.ipynb #116c9f88
 @register("encdec")
 class EncoderDecoder(WorldModel):
-    "Encoder, embedded action, transformer decoder: predicts the next frame in pixels."
+    "Encoder, embedded action, decoder: predicts the next frame in pixels. Raises `SettingsError`."
     def __init__(self,
         settings: Settings,  # model, encoder's own section, decoder, loss
         spec: DataSpec,      # shapes of frames and actions
     ):
         super().__init__(settings, spec)
+        (channels, size, _), width = spec.frame_shape, settings.model.latent_dim
         self.encoder = build_encoder(settings, spec.frame_shape)
         self.latent_shape = self.encoder.latent_shape
-        self.action = ActionEmbedding(spec.action, settings.model.latent_dim)
-        self.decoder = TransformerDecoder(settings.model.latent_dim, spec.frame_shape[0] * self.frame_stack, spec.frame_shape[1], settings.decoder)
-        self.weights = settings.loss.model_dump()
-        self.auxiliary = AntiCollapse(self.latent_shape, spec.action, settings.loss) if settings.loss.auxiliary else None
+        self.decoder = build_decoder((self.middle(settings), width), channels * self.frame_stack, size, settings.decoder)
+        self.auxiliary = Auxiliary(self.latent_shape, spec.action, settings, settings.loss.pixel)
 
-    def encode(self,
-        frames: Tensor,  # uint8 (B, F-1+T, C, h, w)
-    ) -> Tensor:         # (B, T, N, D)
-        "One latent per stack of frames."
-        x = self.prepare(frames)                                            # (B, T, F·C, h, w)
-        return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    def middle(self,
+        settings: Settings,  # model
+    ) -> int:                # M: tokens that `tell` will give
+        "Build what stands between encoder and decoder."
+        self.action = ActionEmbedding(self.spec.action, settings.model.latent_dim)
+        return self.latent_shape[0] + 1
 
-    def paint(self,
-        z: Tensor,       # (B, N, D)
-        action: Tensor,  # (B,) or (B, A)
-    ) -> Tensor:         # (B, F·C, h, w), centred and scaled as `prepare` does
-        "The next stack of frames, painted."
-        return self.decoder(torch.cat([z, self.action(action)[:, None]], dim=1))
+# %% ../../nbs/21_models.encdec.ipynb #8e8b4cfb
+@patch
+def tell(self: EncoderDecoder,
+    z: Tensor,       # (B, N, D)
+    action: Tensor,  # (B,) or (B, A)
+) -> Tensor:         # (B, M, D)
+    "What the decoder gets to know: latent and action, side by side."
+    return torch.cat([z, self.action(action)[:, None]], dim=1)
+
+@patch
+def paint(self: EncoderDecoder,
+    z: Tensor,       # (B, N, D)
+    action: Tensor,  # (B,) or (B, A)
+) -> Tensor:         # (B, F·C, h, w), centred and scaled as `prepare` does
+    "The next stack of frames, painted."
+    return self.decoder(self.tell(z, action))
 
 # %% ../../nbs/21_models.encdec.ipynb #3aa2ed72
 @patch
 def loss(self: EncoderDecoder,
     batch: Batch,  # windows
 ) -> LossTerms:
-    "Squared error of the painted next stacks; plus weighted anti-collapse terms if `loss.auxiliary` is set."
-    stacks = self.prepare(batch.frames)                                      # (B, T+1, F·C, h, w)
-    z = self.encoder(stacks[:, :-1].flatten(0, 1))                           # (B·T, N, D)
-    painted = self.paint(z, batch.actions.flatten(0, 1))                     # (B·T, F·C, h, w)
-    terms = dict(pixels=F.mse_loss(painted, stacks[:, 1:].flatten(0, 1)))
-    if self.auxiliary is not None:
-        terms |= self.auxiliary(z.unflatten(0, (len(stacks), -1)), batch.actions[:, :-1])
-    return weighted(terms, {k: w * self.weights["auxiliary"] for k, w in self.weights.items()} | dict(pixels=1.0))
+    "Squared error of the painted next stacks, plus `loss.pixel` of the auxiliary terms."
+    x, steps = self.prepare(batch.frames), batch.actions.shape[:2]                # (B, T+1, F·C, h, w); (B, T)
+    z = self.embed(self.encoder, x if self.auxiliary.weights else x[:, :-1])      # (B, T+1, N, D); the last only if needed
+    told = self.tell(z[:, :steps[1]].flatten(0, 1), batch.actions.flatten(0, 1))  # (B·T, M, D)
+    painted = self.decoder(told)                                                  # (B·T, F·C, h, w)
+    expected = self.expect(told, painted).unflatten(0, steps) if self.auxiliary.two_views else None   # (B, T, N, D)
+    terms = dict(pixels=F.mse_loss(painted, x[:, 1:].flatten(0, 1)), **self.auxiliary(z, batch.actions, expected))
+    return weighted(terms, self.auxiliary.weights)
+
+@patch
+def expect(self: EncoderDecoder,
+    told: Tensor,     # (B, M, D); not used: this model knows what it expects only when it has painted it
+    painted: Tensor,  # (B, F·C, h, w)
+) -> Tensor:          # (B, N, D)
+    "The latent of the next step, as this model expects it."
+    return self.encoder(painted)
 
 # %% ../../nbs/21_models.encdec.ipynb #ae2065bd
 @patch

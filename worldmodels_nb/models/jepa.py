@@ -11,17 +11,17 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
+from ..auxiliary import Auxiliary
 from ..episodes import Batch, DataSpec
-from ..losses import AntiCollapse
 from .base import LossTerms, WorldModel, register, weighted
 from ..nn.encoders import build_encoder
 from ..nn.predictors import build_predictor
-from ..settings import Settings
+from ..settings import Settings, SettingsError
 
 # %% ../../nbs/23_models.jepa.ipynb #7089770e
 @register("jepa")
 class JEPA(WorldModel):
-    "Joint-embedding predictive world model: predicts latents, kept apart by anti-collapse terms."
+    "Joint-embedding predictive world model: predicts latents, kept apart by auxiliary terms. Raises `SettingsError`."
     def __init__(self,
         settings: Settings,  # model, encoder's own section, predictor, jepa, loss
         spec: DataSpec,      # shapes of frames and actions
@@ -30,15 +30,12 @@ class JEPA(WorldModel):
         self.encoder = build_encoder(settings, spec.frame_shape)
         self.latent_shape = self.encoder.latent_shape
         self.predictor = build_predictor(settings.model.latent_dim, spec.action, settings.model.action_dim, settings.predictor)
-        self.regularizer = AntiCollapse(self.latent_shape, spec.action, settings.loss)
-        self.target = copy.deepcopy(self.encoder).requires_grad_(False) if settings.jepa.target == "ema" else None
-        self.settings, self.weights = settings.jepa, settings.loss.model_dump()
-
-    def encode(self,
-        frames: Tensor,  # uint8 (B, F-1+T, C, h, w)
-    ) -> Tensor:         # (B, T, N, D)
-        "One latent per stack of frames, by the online encoder."
-        return self._embed(self.encoder, self.prepare(frames))
+        self.auxiliary = Auxiliary(self.latent_shape, spec.action, settings, settings.loss.jepa)
+        self.settings, self.weights = settings.jepa, {"prediction": settings.loss.prediction} | self.auxiliary.weights
+        self.target = None if self.settings.target == "none" else copy.deepcopy(self.encoder).requires_grad_(False)
+        if self.settings.target == "default":
+            self.eye, told_by = "target", self.auxiliary.weights.keys() - ({"dino"} if self.auxiliary.two_views else set())
+            if not told_by: raise SettingsError("jepa.target = 'default' leaves the online encoder to the auxiliary terms, and none that is on reaches it (DINO's of two views stops at its teacher); set loss.jepa and another weight above 0, or another jepa.target")
 
     def rollout(self,
         z: Tensor,             # history (B, T0, N, D); only the last is used
@@ -48,27 +45,24 @@ class JEPA(WorldModel):
         "The predictor, unrolled."
         return self.predictor(z[:, -1], actions)
 
-    def _embed(self, encoder, x):
-        return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
 # %% ../../nbs/23_models.jepa.ipynb #34236637
 @patch
 def loss(self: JEPA,
     batch: Batch,  # windows
 ) -> LossTerms:
-    "Squared error of unrolled predictions, plus the weighted anti-collapse terms on the online latents."
+    "Squared error of unrolled predictions, plus the weighted auxiliary terms on the online latents."
     x = self.prepare(batch.frames)                          # (B, T+1, F·C, h, w)
-    z = self._embed(self.encoder, x)                        # (B, T+1, N, D)
-    target = self._target(x, z)[:, 1:]                      # (B, T, N, D)
-    predicted = self.predictor(z[:, 0], batch.actions)      # (B, T, N, D)
-    terms = dict(prediction=F.mse_loss(predicted, target), **self.regularizer(z, batch.actions))
+    z = self.embed(self.encoder, x)                         # (B, T+1, N, D)
+    present, future = self._sides(x, z)                     # (B, N, D), (B, T, N, D)
+    predicted = self.predictor(present, batch.actions)      # (B, T, N, D)
+    terms = dict(prediction=F.mse_loss(predicted, future), **self.auxiliary(z, batch.actions, predicted))
     return weighted(terms, self.weights)
 
 @patch
-def _target(self: JEPA, x: Tensor, z: Tensor) -> Tensor:
-    if self.target is not None:
-        with torch.no_grad(): return self._embed(self.target.eval(), x)
-    return z.detach() if self.settings.stop_gradient else z
+def _sides(self: JEPA, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    if self.target is None: return z[:, 0], z[:, 1:].detach() if self.settings.stop_gradient else z[:, 1:]
+    with torch.no_grad(): slow = self.embed(self.target.eval(), x)
+    return slow[:, 0] if self.eye == "target" else z[:, 0], slow[:, 1:]
 
 @patch
 def after_step(self: JEPA,
