@@ -120,8 +120,8 @@ def test_unusable_samples_are_refused_in_one_sentence(x, y, match):
 
 def test_without_ridge_repeated_inputs_have_no_single_solution():
     x, y = sample()
-    with pytest.raises(HeadError, match="heads.ridge"): fit_probe(torch.cat([x, x], 1), y, ridge=0.)
-    with pytest.raises(HeadError, match="heads.ridge"): fit_probe(x[:3], y[:3], ridge=0.)
+    with pytest.raises(HeadError, match="probe.ridge"): fit_probe(torch.cat([x, x], 1), y, ridge=0.)
+    with pytest.raises(HeadError, match="probe.ridge"): fit_probe(x[:3], y[:3], ridge=0.)
     assert fit_probe(x, y, ridge=0.).r2(x, y).min() > .9
 
 

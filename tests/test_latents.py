@@ -36,6 +36,7 @@ def data(tmp_path_factory): return write_dataset(tmp_path_factory.mktemp("latent
 
 class Tiny(WorldModel):
     "Two tokens of five numbers from F stacked frames; drops half of them in training."
+    eye = "linear"
     def __init__(self, frame_stack=3, seed=0):
         nn.Module.__init__(self)
         torch.manual_seed(seed)
@@ -116,11 +117,19 @@ def test_latents_that_are_not_finite_are_refused_and_leave_nothing(data, dtype, 
 
 def test_names_differ_where_the_content_would(data, tmp_path):
     other = write_dataset(tmp_path / "other", seed=1)
-    class Cousin(Tiny): pass
+    class Cousin(Tiny):
+        def encode(self, frames): return -super().encode(frames)
     names = [cache_name(Tiny(), data, "float32"), cache_name(Tiny(), data, "float16"), cache_name(Tiny(), other, "float32"), cache_name(Tiny(seed=1), data, "float32"),
              cache_name(Cousin(), data, "float32")]
     assert len(set(names)) == 5
     assert cache_name(Tiny(), data, "float32") == names[0] and cache_name(Tiny().eval(), data, "float32") == names[0]
+
+
+def test_models_with_equal_eyes_share_a_cache_but_not_what_depends_on_more(data):
+    plain, longer = Tiny(), Tiny()
+    longer.predictor = nn.Linear(5, 5)
+    assert cache_name(plain, data, "float32") == cache_name(longer, data, "float32")
+    assert cache_name(plain, data, "float32", whole=True) != cache_name(longer, data, "float32", whole=True)
 
 
 @pytest.mark.parametrize("kind", [JEPA, EncoderDecoder])

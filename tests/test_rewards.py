@@ -334,10 +334,10 @@ def heads_of(data, gain=1.):
     states = data.states[:, None].astype(np.float32)
     predicted = (states + gain * moves_of(np.asarray(data.actions))[:, None])[:, None]
     built = {}
-    for name, kind, after in (("mlp", RewardMLP, predicted), ("larp", LookAheadRewardPredictor, predicted), ("oracle", RewardMLP, None), ("oracle-ahead", LookAheadRewardPredictor, None)):
+    for name, kind, after in (("reward_mlp", RewardMLP, predicted), ("larp", LookAheadRewardPredictor, predicted), ("oracle", RewardMLP, None), ("oracle-ahead", LookAheadRewardPredictor, None)):
         torch.manual_seed(1)
         built[name] = kind((1, 2), data.spec.action, **PLAIN).calibrate(RewardWindows(data, np.arange(8), states, after)).eval()
-    return {n: built[n] for n in ("mlp", "larp")}, {n: built[n] for n in ("oracle", "oracle-ahead")}
+    return {n: built[n] for n in ("reward_mlp", "larp")}, {n: built[n] for n in ("oracle", "oracle-ahead")}
 
 
 def test_rewards_along_a_path_by_hand(data):
@@ -355,17 +355,17 @@ def test_rewards_along_a_path_by_hand(data):
             for name, head in heads.items(): assert mse[name][row, column] == pytest.approx((head(pair, action)[0, 0] - truth).square().item(), rel=1e-3, abs=1e-6)
             for name, head in oracles.items(): assert mse[f"floor:{name}"][row, column] == pytest.approx((head(states, action)[0, 0] - truth).square().item(), rel=1e-3, abs=1e-6)
             assert mse["floor:last-reward"][row, column] == pytest.approx((batch.rewards[row, 0] - truth).square().item(), rel=1e-4, abs=1e-7)
-            assert mse["floor:mean-reward"][row, column] == pytest.approx((heads["mlp"].centre - truth).square().item(), rel=1e-4, abs=1e-7)
+            assert mse["floor:mean-reward"][row, column] == pytest.approx((heads["reward_mlp"].centre - truth).square().item(), rel=1e-4, abs=1e-7)
         z = ahead
 
 
 def test_with_a_perfect_model_heads_are_oracles_at_every_horizon(data):
     heads, oracles = heads_of(data)
     mse = reward_errors(Drift(), heads, paths(data)[0], [1, 2, 3, 4], oracles).values["mse"]
-    for name, oracle in (("mlp", "floor:oracle"), ("larp", "floor:oracle-ahead")): assert torch.allclose(mse[name], mse[oracle], rtol=1e-2, atol=1e-4)
+    for name, oracle in (("reward_mlp", "floor:oracle"), ("larp", "floor:oracle-ahead")): assert torch.allclose(mse[name], mse[oracle], rtol=1e-2, atol=1e-4)
     wrong = reward_errors(Drift(-1.), heads, paths(data)[0], [1, 4], oracles).values["mse"]
-    assert torch.allclose(wrong["mlp"][:, 0], mse["mlp"][:, 0]) and not torch.allclose(wrong["larp"][:, 0], mse["larp"][:, 0])   # the first step needs no model
-    assert not torch.allclose(wrong["mlp"][:, 1], mse["mlp"][:, 3])
+    assert torch.allclose(wrong["reward_mlp"][:, 0], mse["reward_mlp"][:, 0]) and not torch.allclose(wrong["larp"][:, 0], mse["larp"][:, 0])   # the first step needs no model
+    assert not torch.allclose(wrong["reward_mlp"][:, 1], mse["reward_mlp"][:, 3])
 
 
 def test_an_error_does_not_depend_on_how_far_is_asked(data):
@@ -426,7 +426,7 @@ def test_rows_are_tidy_and_ratios_are_paired(data):
     rows = reward_rows(errors, "Drift-v0", "jepa", seed=3, resamples=200, groups=episode)
     assert all(list(row) == ["env", "model", "protocol", "metric", "horizon", "seed", "value", "low", "high", "n"] for row in rows)
     assert {(row["env"], row["protocol"], row["seed"], row["n"]) for row in rows} == {("Drift-v0", "reward", 3, len(episode))}
-    models = ["jepa mlp", "jepa larp", "jepa mlp-blind", "floor:oracle", "floor:oracle-ahead", "floor:mean-reward", "floor:last-reward"]
+    models = ["jepa reward_mlp", "jepa larp", "jepa mlp-blind", "floor:oracle", "floor:oracle-ahead", "floor:mean-reward", "floor:last-reward"]
     assert list(dict.fromkeys(row["model"] for row in rows)) == models
     assert len({tuple(list(row.values())[:6]) for row in rows}) == len(rows) == 2 * (2 * 7 + 2)
     found = {(row["model"], row["metric"], row["horizon"]): row for row in rows}
@@ -434,8 +434,8 @@ def test_rows_are_tidy_and_ratios_are_paired(data):
     assert (floor["value"], floor["low"], floor["high"]) == (1, 1, 1)
     for name in ("larp", "mlp-blind"):
         row = found[f"jepa {name}", "mse_vs_mlp", 4]
-        assert row["value"] == pytest.approx(errors.values["mse"][name][:, 1].mean().item() / errors.values["mse"]["mlp"][:, 1].mean().item()) and row["low"] <= row["value"] <= row["high"]
-    assert not any(row["metric"] == "mse_vs_mlp" for row in rows if "mlp" in row["model"].split() or row["model"].startswith("floor:"))
+        assert row["value"] == pytest.approx(errors.values["mse"][name][:, 1].mean().item() / errors.values["mse"]["reward_mlp"][:, 1].mean().item()) and row["low"] <= row["value"] <= row["high"]
+    assert not any(row["metric"] == "mse_vs_mlp" for row in rows if "reward_mlp" in row["model"].split() or row["model"].startswith("floor:"))
 
 
 def test_a_floor_without_error_gives_no_ratio_and_no_crash():

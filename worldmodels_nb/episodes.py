@@ -412,7 +412,7 @@ def split(
 @dataclass
 class Batch:
     "B windows of T steps as tensors; frames stay bytes until the model's door."
-    frames: Tensor                 # (B, F-1+T+1, C, h, w) uint8: F-1 frames of context, then T+1
+    frames: Tensor | None          # (B, F-1+T+1, C, h, w) uint8: F-1 frames of context, then T+1; None where cached latents replace them
     actions: Tensor                # (B, T) int64 or (B, T, A) float32
     rewards: Tensor                # (B, T) float32
     terminated: Tensor             # (B, T) bool: the episode ended with this step
@@ -436,6 +436,7 @@ class Windows:
         steps: int,                         # T ≥ 0: actions in a window; 0 gives single frames
         frame_stack: int = 1,               # F ≥ 1: F-1 frames of context stand before the window's first
         latents: np.ndarray | None = None,  # (n, N, D): one row per frame of the whole dataset
+        frames: bool = True,                # False: hand out latents in place of frames, which are then not read
     ):
         if latents is not None and len(latents) != len(dataset.frames):
             raise DatasetError(f"there are {len(latents)} latents for the {len(dataset.frames)} frames of {dataset.folder.name}; encode this dataset anew")
@@ -443,7 +444,7 @@ class Windows:
         count = np.maximum(lengths + 1 - steps, 0)                                # (E',) windows in each
         if not count.sum():
             raise DatasetError(f"no window fits: training.window is {steps} steps, and the longest of {len(lengths)} episodes has {lengths.max(initial=0)}; lower training.window or raise collect.steps")
-        self.dataset, self.steps, self.latents = dataset, steps, latents
+        self.dataset, self.steps, self.latents, self.frames = dataset, steps, latents, frames
         self.first = np.repeat(dataset.starts[episodes], count)                   # (windows,) first row of the episode
         self.begin = self.first + np.arange(len(self.first)) - np.repeat(np.cumsum(count) - count, count)  # (windows,) first own row
         self.offsets = np.arange(1 - frame_stack, steps + 1)                      # (F+T,)
@@ -470,7 +471,7 @@ def batch(
     data, begin = self.dataset, self.begin[indices, None]                # (B, 1)
     own, acts = begin + np.arange(self.steps + 1), begin + np.arange(self.steps)
     states, latents = _take(data.states, own), _take(self.latents, own)
-    return Batch(_take(data.frames, self.rows(indices)), _take(data.actions, acts), _take(data.rewards, acts), _take(data.terminated, acts),
+    return Batch(_take(data.frames, self.rows(indices)) if self.frames else None, _take(data.actions, acts), _take(data.rewards, acts), _take(data.terminated, acts),
                  None if states is None else states.float(), None if latents is None else latents.float())
 
 @patch

@@ -64,11 +64,11 @@ def is_floor(
     return name.startswith("floor:")
 
 def model_color(
-    name: str,  # registered name of a model, or `floor:…`
+    name: str,  # registered name of a model, perhaps with a head's name behind it (`jepa larp`), or `floor:…`
 ) -> str:       # such as #0072B2
     "The colour of a model in every figure; an unknown name always gets the same further one."
     if is_floor(name): return FLOOR_COLOR
-    return MODEL_COLORS.get(name) or FURTHER_COLORS[crc32(name.encode()) % len(FURTHER_COLORS)]
+    return MODEL_COLORS.get(name.split(" ")[0]) or FURTHER_COLORS[crc32(name.encode()) % len(FURTHER_COLORS)]
 
 # %% ../nbs/04_viz.ipynb #961c791f
 def line_styles(
@@ -79,7 +79,7 @@ def line_styles(
     for name in names:
         color = model_color(name)
         if is_floor(name): looks = [(color, dash) for dash in DASHES]
-        elif name in MODEL_COLORS: looks = [(color, "-")]
+        elif color in MODEL_COLORS.values(): looks = [(color, dash) for dash in ("-", *DASHES)]
         else:
             start = FURTHER_COLORS.index(color)
             looks = [(c, dash) for dash in ("-", *DASHES) for c in FURTHER_COLORS[start:] + FURTHER_COLORS[:start]]
@@ -183,7 +183,10 @@ def _principal(z) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if hasattr(z, "detach"): z = z.detach().cpu().double().numpy()
     z = np.asarray(z, np.float64).reshape(len(z), -1)                 # (n, D)
     z = z - z.mean(0)
-    values, vectors = np.linalg.eigh(z.T @ z / len(z))                # ascending
+    if z.shape[1] <= len(z): values, vectors = np.linalg.eigh(z.T @ z / len(z))   # ascending
+    else:                                                             # more directions than points: the smaller problem knows all that vary
+        values, points = np.linalg.eigh(z @ z.T / len(z))
+        vectors = z.T @ points / np.sqrt(np.maximum(len(z) * values, np.finfo(float).tiny))
     values, vectors = values[::-1].clip(0), vectors[:, ::-1]
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(len(values))])
     return z, values, vectors

@@ -20,7 +20,9 @@ def rankme(
     eps: float = 1e-7,  # ε: keeps log p finite for directions without share
 ) -> float:             # about 1 … min(n, K); 0 if all is zero
     "Effective rank of a matrix (RankMe, Garrido et al., 2023)."
-    sigma = torch.linalg.svdvals(x.double())          # (min(n, K),)
+    return _effective(torch.linalg.svdvals(x.double()), eps)
+
+def _effective(sigma: Tensor, eps: float = 1e-7) -> float:  # singular values (min(n, K),)
     if sigma.max() == 0: return 0.0
     p = sigma / sigma.sum() + eps
     return torch.exp(-(p * p.log()).sum()).item()
@@ -87,9 +89,9 @@ def collapse_panel(
     x = readout(z)                                                                 # (n, N·D)
     if len(x) < 2: raise HeadError(f"a collapse panel needs at least two frames, not {len(x)}; raise evaluation.windows")
     if not x.isfinite().all(): raise HeadError("latents are not finite (nan or inf); the model has diverged, lower training.learning_rate")
-    std = spread(x)
+    std, directions = spread(x), spectrum(x)
     panel = dict(n=float(len(x)), rank_limit=float(min(x.shape)), std_mean=std.mean().item(), std_min=std.min().item(),
-                 rankme=rankme(x), rankme_centred=rankme(centred(x)), spectrum=spectrum(x).tolist())
+                 rankme=rankme(x), rankme_centred=_effective(directions), spectrum=directions.tolist())
     if probe_r2 is not None: panel["probe_r2"] = torch.as_tensor(probe_r2, dtype=torch.float64).nanmean().item()
     if actions is not None: panel |= inverse_probe(z, z_next, actions, z_predicted)
     if z_predicted is not None: panel["prediction_ratio"] = prediction_ratio(z, z_next, z_predicted)

@@ -110,14 +110,14 @@ def ridge_weights(
     gram = x.T @ x if width <= n else x @ x.T                                 # (K, K) or (n, n)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * n * torch.eye(len(gram), dtype=x.dtype))
     if failed or (factor.diagonal() < 1e-7 * factor.diagonal().max()).any():
-        raise HeadError(f"with ridge {ridge} the probe of {width} inputs on {n} samples has no single solution; set heads.ridge above 0, such as 0.03")
+        raise HeadError(f"with ridge {ridge} the probe of {width} inputs on {n} samples has no single solution; set probe.ridge above 0, such as 0.03")
     if width <= n: return torch.cholesky_solve(x.T @ y, factor)
     return x.T @ torch.cholesky_solve(y, factor)
 
 def fit_probe(
     x: Tensor,            # readouts (n, K) of training frames
     y: Tensor,            # their states (n, S)
-    ridge: float = 0.03,  # ρ; heads.ridge
+    ridge: float = 0.03,  # ρ; probe.ridge
 ) -> LinearProbe:         # on the device of x
     "The linear probe of a sample; solved in float64 on the CPU. Raises `HeadError`."
     probe, x, y, device = LinearProbe(x.shape[-1], y.shape[-1]), x.detach().cpu(), y.detach().cpu().float(), x.device
@@ -171,7 +171,7 @@ class StateDecoder(Trainable):
     def __init__(self,
         latent_shape: tuple[int, int],       # (N, D)
         frame_shape: tuple[int, int, int],   # (C, h, w) of one frame, any size from 8 px
-        channels: int = 32,                  # width of the last layer; heads.decoder_channels
+        channels: int = 32,                  # width of the last layer; state_decoder.channels
     ):
         super().__init__()
         colours, height, width = frame_shape

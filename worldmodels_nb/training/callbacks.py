@@ -6,7 +6,7 @@
 __all__ = ['READ_EVERY', 'STATE_SCHEMA', 'RESULT_SCHEMA', 'FILES', 'on_host', 'Progress', 'read_metrics', 'Metrics',
            'generator_states', 'restore_generators', 'aside', 'fixed_parts', 'Validation', 'BestWeights',
            'EarlyStopping', 'Checkpoint', 'read_state', 'check_recipe', 'Resume', 'NaNGuard', 'Pictures',
-           'standard_callbacks', 'read_result', 'train']
+           'standard_callbacks', 'read_result', 'train', 'adopt']
 
 # %% ../../nbs/31_training.callbacks.ipynb #a99a8067
 import hashlib, io, json, math
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..episodes import Windows
 from ..models.base import Trainable, count_parameters
 from ..settings import TrainingSettings, seed_everything, write_whole
-from .fit import Callback, Run, TrainingError, differences, fit, in_steps, load_weights, save_weights
+from .fit import Callback, Run, TrainingError, differences, fit, in_steps, load_weights, save_weights, weights_hash
 from ..viz import save_figure
 
 # %% ../../nbs/31_training.callbacks.ipynb #fd9b6fc5
@@ -382,3 +382,18 @@ def train(
     load_weights(model, folder / "weights.safetensors", result["weights"])
     model.to(device).eval()
     return result
+
+# %% ../../nbs/31_training.callbacks.ipynb #fc783e18
+def adopt(
+    model: Trainable,    # holds the weights already; afterwards in evaluation mode
+    source: str,         # where they come from, for the record
+    folder: str | Path,  # where a training would have written; made if it is not there
+) -> dict:               # what result.json says: no steps, no seconds, the reason
+    "Keep loaded weights in place of a training. Raises `TrainingError` if the folder holds another one."
+    folder, recipe = Path(folder), {"loaded": source, "weights": weights_hash(model.eval())}
+    if (result := read_result(folder)) is not None:
+        check_recipe(result["recipe"], recipe, folder)
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / "weights.safetensors")
+    return _write_result(Run(model, None, TrainingSettings(), stop=f"loaded from {source}", kept={"best_step": 0}), folder, recipe)

@@ -107,7 +107,8 @@ def fit(
         run.log, run.learning_rate = {}, learning_rate(run.step, settings.steps, settings)
         for group in run.optimizer.param_groups: group["lr"] = run.learning_rate
         run.optimizer.zero_grad()
-        run.losses = model.loss(sample(run.step).to(device))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.bf16):
+            run.losses = model.loss(sample(run.step).to(device))
         run.losses.total.backward()
         run.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         for callback in callbacks: callback.before_update(run)

@@ -9,12 +9,13 @@ __all__ = ['LatentsError', 'cache_name', 'encode_dataset']
 import hashlib, os, shutil
 from pathlib import Path
 import numpy as np
+import safetensors.torch
 import torch
 from tqdm import tqdm
 from ..episodes import Dataset, Windows, start_partial
 from ..models.base import WorldModel
 from .callbacks import aside
-from .fit import weights_hash
+
 
 # %% ../../nbs/33_training.latents.ipynb #fff029c9
 class LatentsError(ValueError):
@@ -24,9 +25,12 @@ def cache_name(
     model: WorldModel,  # frozen
     dataset: Dataset,   # its hash is taken from its record
     dtype: str,         # float32 or float16
+    whole: bool = False,  # of something that depends on all of the model, not only on its eye
 ) -> str:               # a file name
-    "The name of a cache: the model (weights and structure), the dataset, the number type."
-    built = hashlib.sha256(f"{weights_hash(model)} {model!r} {model.frame_stack}".encode()).hexdigest()
+    "The name of a cache: the model's eye (weights and structure), the dataset, the number type."
+    weights, structure = (model.state_dict(), model) if whole else (model.sight(), getattr(model, model.eye))
+    seen = hashlib.sha256(safetensors.torch.save({name: t.to("cpu", copy=True).contiguous() for name, t in weights.items()})).hexdigest()
+    built = hashlib.sha256(f"{seen} {type(model).encode.__qualname__} {structure!r} {model.frame_stack}".encode()).hexdigest()
     return f"latents-{built[:16]}-{hashlib.sha256(dataset.hash.encode()).hexdigest()[:16]}-{dtype}.npy"
 
 # %% ../../nbs/33_training.latents.ipynb #afa456d5
