@@ -2,7 +2,7 @@
 import pytest
 import torch
 from worldmodels_nb.episodes import Windows, make_dataset
-from worldmodels_nb.models import encdec, jepa
+from worldmodels_nb.models import encdec, encdec_jepa, jepa  # noqa: F401  (they register themselves)
 from worldmodels_nb.models.base import MODELS, build_model
 from worldmodels_nb.settings import load_settings
 

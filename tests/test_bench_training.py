@@ -7,7 +7,9 @@ import torch
 
 from worldmodels_nb.collect import Episode
 from worldmodels_nb.envs import ActionSpec
-from worldmodels_nb.episodes import DataSpec, EpisodeWriter, Windows, open_dataset
+from worldmodels_nb.episodes import Batch, DataSpec, EpisodeWriter, Windows, open_dataset
+from worldmodels_nb.eval.rewards import RewardMLP, RewardWindows
+from worldmodels_nb.models.base import freeze
 from worldmodels_nb.models.jepa import JEPA
 from worldmodels_nb.settings import load_settings
 from worldmodels_nb.training.callbacks import NaNGuard
@@ -71,3 +73,24 @@ def test_encoding_a_dataset(benchmark, stored, tmp_path):
     model, count = JEPA(load_settings(), SPEC), iter(range(1000))
     benchmark.pedantic(lambda: encode_dataset(model, stored, tmp_path / str(next(count)), progress=False), rounds=2)
     if benchmark.stats: benchmark.extra_info["frames_per_second"] = round(len(stored.frames) / benchmark.stats.stats.min)
+
+
+def test_an_epoch_of_a_reward_head_on_cached_latents_is_five_times_one_that_encodes_again(benchmark, stored, tmp_path):
+    "Behind a ViT (depth 4, width 128, 64 patches), batches of 128 steps; cached and encoded steps take turns in one run."
+    settings = load_settings(overrides={"model.encoder": "vit"})
+    torch.manual_seed(0)
+    model = freeze(JEPA(settings, SPEC))
+    few = np.arange(20)                                          # what is timed does not need all of the latents
+    latents = np.zeros((len(stored.frames), *model.latent_shape), np.float32)
+    stills = Windows(stored, few, 1)
+    for begin in range(0, len(stills), 64): latents[stills.begin[begin:begin + 64]] = model.encode(stills.batch(np.arange(begin, min(begin + 64, len(stills)))).frames)[:, 0].numpy()
+    cached, recipe, watch = RewardWindows(stored, few, latents), settings.recipe("reward_mlp").model_copy(update={"steps": 22}), Watch()
+    def batch(step):
+        if step % 2: return cached.sample(recipe.batch_size, 0, step)
+        b = stills.sample(recipe.batch_size, 0, step)
+        return Batch(None, b.actions, torch.randn_like(b.rewards), b.terminated, latents=model.encode(b.frames))
+    head = RewardMLP(model.latent_shape, SPEC.action, hidden=settings.reward_mlp.hidden)
+    benchmark.pedantic(lambda: fit(head, batch, recipe, [watch]), rounds=1)
+    again, kept = (np.median(np.diff(watch.marks)[2 + kind::2]) for kind in range(2))
+    benchmark.extra_info |= dict(ratio=round(again / kept, 1), milliseconds_cached=round(1000 * kept, 2), milliseconds_encoded=round(1000 * again, 1))
+    assert again >= 5 * kept

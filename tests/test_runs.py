@@ -40,7 +40,8 @@ ROOT = repo_root(Path(__file__).parent)
 STAGES = ("data", "train", "heads", "evaluate")
 SMALL = {"collect.episodes": 8, "collect.steps": 6, "data.validation_split": .4, "env.size": 32,
          "training.steps": 6, "training.batch_size": 4, "training.window": 2, "training.validate_every": 2, "training.checkpoint_every": 2, "training.picture_every": 0,
-         "heads.decoder_steps": 4, "heads.batch_size": 4, "evaluation.horizons": [1, 2], "evaluation.windows": 6, "evaluation.bootstrap": 10}
+         "state_decoder.steps": 4, "state_decoder.batch_size": 4, "reward_mlp.steps": 4, "reward_mlp.batch_size": 4, "reward_mlp.hidden": [8], "larp.steps": 4, "larp.batch_size": 4, "larp.hidden": [8],
+         "probe.mlp_steps": 4, "evaluation.horizons": [1, 2], "evaluation.windows": 6, "evaluation.bootstrap": 10}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +95,7 @@ def smoke(tmp_path_factory):
 
 def test_a_run_folder_holds_what_it_should(smoke):
     folder, s = smoke.folder, smoke.settings
-    assert s.run.models == ["encdec", "jepa"]
+    assert s.run.models == ["encdec", "encdec_jepa", "jepa"]
     for model in s.run.models:
         world = folder / "models" / model / "world"
         assert {path.name for path in world.iterdir()} == {"weights.safetensors", "state.pt", "metrics.jsonl", "result.json"}
@@ -105,8 +106,9 @@ def test_a_run_folder_holds_what_it_should(smoke):
         with np.load(folder / "models" / model / "evaluation.npz", allow_pickle=False) as arrays:
             frames = (s.evaluation.filmstrips, max(s.evaluation.horizons) + 1, 3, s.env.size, s.env.size)
             assert arrays["truth"].shape == arrays["decoded"].shape == frames and arrays["truth"].dtype == np.uint8
-            assert ("imagined" in arrays) == (model == "encdec")
-        assert [path.name for path in sorted((folder / "pictures" / model).iterdir())] == ["step_000010.png", "step_000020.png"]
+            assert ("imagined" in arrays) == (model != "jepa")
+        assert [path.name for path in sorted((folder / "pictures" / model).iterdir())] == ["decoder", "step_000010.png", "step_000020.png"]
+        assert [path.name for path in sorted((folder / "pictures" / model / "decoder").iterdir())] == ["step_000010.png", "step_000020.png"]
     assert {"comparison.csv", "report.html", "settings.ini", "provenance.json", "status.json"} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.parent.parent.rglob(".*")], "something was left half-made"
 
@@ -148,7 +150,7 @@ def test_the_comparison_is_tidy(smoke, comparison):
     keys = [tuple(row[column] for column in COLUMNS[:6]) for row in comparison]
     assert len(set(keys)) == len(keys) > 50
     assert {row["env"] for row in comparison} == {"worldmodels_nb/TwoRooms-v0"} and {row["seed"] for row in comparison} == {"0"}
-    assert {row["protocol"] for row in comparison} == {"probe", "rollout", "collapse", "cost"}
+    assert {row["protocol"] for row in comparison} == {"probe", "rollout", "reward", "collapse", "cost"}
     assert all(int(row["n"]) >= 1 and math.isfinite(float(row["value"])) for row in comparison)
     written = {row["metric"] for rows in results(smoke.folder).values() for row in rows}
     assert {row["metric"] for row in comparison} == written | {"seconds"}
@@ -157,20 +159,25 @@ def test_the_comparison_is_tidy(smoke, comparison):
 def test_the_comparison_has_models_floors_and_horizons(smoke, comparison):
     models = {row["model"] for row in comparison}
     assert {"encdec", "jepa", "floor:persistence"} <= models
-    for model in ("encdec", "jepa"):
+    for model in ("encdec", "encdec_jepa", "jepa"):
         assert {f"floor:{floor} ({model})" for floor in ("persistence", "shuffled-actions", "untrained", "probe", "decoder")} <= models
         rolled = [row for row in comparison if row["model"] == model and row["protocol"] == "rollout"]
         assert {row["metric"] for row in rolled} == {f"{kind}{ratio}" for kind in ("latent", "position", "pixel") for ratio in ("", "_ratio")}
         assert all({int(row["horizon"]) for row in rolled if row["metric"] == metric} == {1, 2, 4, 8, 16} for metric in ("latent", "latent_ratio", "position", "pixel"))
-        assert {row["metric"] for row in comparison if row["model"] == model and row["protocol"] == "probe"} == {"r2 agent x", "r2 agent y", "r2 position"}
+        assert {row["metric"] for row in comparison if row["model"] == model and row["protocol"] == "probe"} == {f"{kind}r2 {what}" for kind in ("", "mlp ") for what in ("agent x", "agent y", "position")}
+        for head in ("reward_mlp", "reward_mlp_no_action", "larp"):
+            paid = [row for row in comparison if row["model"] == f"{model} {head}"]
+            assert {row["metric"] for row in paid} == {"mse", "mse_ratio"} | ({"mse_vs_mlp"} if head != "reward_mlp" else set())
+            assert {int(row["horizon"]) for row in paid} == {1, 2, 4, 8, 16}
+    assert {f"floor:{floor}" for floor in ("mean-reward", "last-reward", "oracle", "oracle-ahead")} <= models
     assert not [row for row in comparison if row["model"].startswith("floor:") and row["protocol"] == "cost"]
 
 
 def test_intervals_hold_their_values(comparison):
     given = [row for row in comparison if row["low"] or row["high"]]
-    assert {row["protocol"] for row in given} == {"probe", "rollout"} and len(given) > 40
+    assert {row["protocol"] for row in given} == {"probe", "rollout", "reward"} and len(given) > 40
     assert [row for row in given if not float(row["low"]) <= float(row["value"]) <= float(row["high"])] == []
-    assert [row for row in comparison if row["protocol"] in ("probe", "rollout") and not (row["low"] and row["high"])] == []
+    assert [row for row in comparison if row["protocol"] in ("probe", "rollout", "reward") and not (row["low"] and row["high"])] == []
 
 
 class Page(HTMLParser):
@@ -275,9 +282,9 @@ def test_parameters_lie_over_the_settings_and_overrides_over_them():
 def test_a_settings_file_with_a_typo_is_refused(tmp_path, monkeypatch):
     text = (ROOT / "settings.ini").read_text(encoding="utf-8")
     (tmp_path / "nbs").mkdir()
-    (tmp_path / "settings.ini").write_text(text.replace("weight_decay", "wieght_decay", 1), encoding="utf-8")
+    (tmp_path / "settings.ini").write_text(text.replace("warmup", "wramup", 1), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    with refused(SettingsError, "settings.ini", "'training.wieght_decay'", "'training.weight_decay'"): go("mine", resolve("smoke"))
+    with refused(SettingsError, "settings.ini", "'training.wramup'", "'training.warmup'"): go("mine", resolve("smoke"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nbs", "settings.ini"]
 
 
@@ -364,9 +371,9 @@ def test_a_run_with_other_settings_is_kept(smoke, key, value):
 
 def test_a_run_with_damaged_settings_is_kept_and_named(tmp_path):
     path = Experiment("mine", small(tmp_path), progress=False).folder / "settings.ini"
-    path.write_text(path.read_text().replace("weight_decay", "wieght_decay"))
+    path.write_text(path.read_text().replace("warmup", "wramup"))
     before = bytes_of(tmp_path)
-    with refused((SettingsError, RunError), "training.wieght_decay", str(path.parent)): go("mine", small(tmp_path))
+    with refused((SettingsError, RunError), "training.wramup", str(path.parent)): go("mine", small(tmp_path))
     assert bytes_of(tmp_path) == before
 
 
@@ -482,6 +489,9 @@ def test_after_a_full_disk_the_same_run_can_use_another(tmp_path):
 
 # ---------------------------------------------------------------- interruptions
 
+HEADS, ORACLES = ["StateDecoder", "RewardMLP", "RewardMLP", "LookAheadRewardPredictor"], ["RewardMLP", "LookAheadRewardPredictor"]  # in the order they are trained
+
+
 class Interrupted(KeyboardInterrupt): "Somebody pressed the stop button."
 
 
@@ -509,11 +519,11 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_bytes(kind, undi
         fits, steps = counted(patch, callbacks_module, "fit", lambda model: type(model).__name__), []
         patch.setattr(kind, "after_step", lambda self, step, steps_: steps.append(step))
         go("mine", settings)
-    assert fits == (["JEPA"] if kind is JEPA else []) + ["EncoderDecoder", "StateDecoder", "StateDecoder"] and steps == [4, 5, 6]
+    assert fits == (["JEPA"] if kind is JEPA else []) + ["EncoderDecoder", *HEADS, *ORACLES, *HEADS] and steps == [4, 5, 6]
     status = read_status(folder)
     assert status["status"] == "finished" and "error" not in status
     for model in ("jepa", "encdec"):
-        for part in ("world", "decoder"):
+        for part in ("world", "decoder", "reward_mlp", "reward_mlp_no_action", "larp"):
             assert (folder / "models" / model / part / "weights.safetensors").read_bytes() == (undisturbed / "models" / model / part / "weights.safetensors").read_bytes(), (model, part)
     assert results(folder) == results(undisturbed)
 
@@ -529,9 +539,9 @@ def test_an_interruption_after_training_does_not_train_again(tmp_path, monkeypat
         def stop(*_): raise Interrupted
         patch.setattr(Experiment, "panel_rows", stop)
         with pytest.raises(Interrupted): go("mine", settings)
-    assert fits == ["JEPA", "StateDecoder"] and read_status(tmp_path / "runs" / "mine")["stage"] == "evaluate"
+    assert fits == ["JEPA", *HEADS, *ORACLES] and read_status(tmp_path / "runs" / "mine")["stage"] == "evaluate"
     go("mine", settings)
-    assert fits == ["JEPA", "StateDecoder"] and weights.read_bytes() == before
+    assert fits == ["JEPA", *HEADS, *ORACLES] and weights.read_bytes() == before
     assert len(encoded) == 2, "every frame once by the trained encoder, and once by the untrained floor"
 
 
@@ -540,6 +550,38 @@ def test_stages_can_be_run_one_after_another(tmp_path):
     assert set(read_status(folder)["stages"]) == set(STAGES)
     whole = go("whole", small(tmp_path)).folder
     assert results(folder) == results(whole)
+
+
+# ---------------------------------------------------------------- a model in two stages
+
+TWO = {"masked.steps": 4, "masked.batch_size": 4, "masked.patch_size": 16, "masked.dim": 12, "masked.depth": 1, "masked.heads": 1, "masked.predictor_dim": 12, "masked.predictor_depth": 1,
+       "masked.frames": 2, "ac.window": 2, "ac.context_length": 2, "ac.rollout_steps": 1, "ac.dim": 12, "ac.depth": 1, "ac.heads": 1, "ac.steps": 4, "ac.batch_size": 4}
+
+
+def test_a_model_in_two_stages_is_a_model_like_any_other(tmp_path):
+    experiment = go("mine", small(tmp_path, TWO, models=["vjepa2"]))
+    rows = results(experiment.folder)["vjepa2"]
+    assert {row["protocol"] for row in rows} == {"probe", "rollout", "reward", "collapse", "cost"}
+    costs = {row["metric"]: row["value"] for row in rows if row["protocol"] == "cost"}
+    assert costs["steps"] == 8 and costs["frames_seen"] == 4 * 4 * 2 + 4 * 4 * 3
+    text = Page(write_report(experiment.folder).read_text()).text
+    assert "vjepa2 for 8 steps" in text and (experiment.folder / "pictures" / "training_vjepa2_masked.png").exists()
+
+
+def test_a_stage_alone_needs_the_one_before_it_and_can_take_it_from_elsewhere(tmp_path):
+    def alone(run, stage, changes=()):
+        experiment = Experiment(run, small(tmp_path, TWO | {"run.stages": [stage], **dict(changes)}, models=["vjepa2"]), progress=False)
+        experiment.do(stage)
+        return experiment
+    with refused(RunError, "ac of vjepa2 needs the weights of masked", "masked.load"): alone("first", "ac")
+    alone("second", "masked")
+    both = alone("second", "ac")
+    assert [read_result(both.part("vjepa2", part))["steps"] for part in ("masked", "ac")] == [4, 4]
+    third = alone("third", "ac", {"masked.load": str(both.folder)})
+    assert [read_result(third.part("vjepa2", part))["steps"] for part in ("masked", "ac")] == [0, 4]
+    assert (third.part("vjepa2", "ac") / "weights.safetensors").read_bytes() == (both.part("vjepa2", "ac") / "weights.safetensors").read_bytes()
+    with refused(RunError, "none of run.models = ['jepa']", "vjepa2"):
+        Experiment("fourth", small(tmp_path, {"run.stages": ["masked"]}), progress=False).do("masked")
 
 
 # ---------------------------------------------------------------- the same again
@@ -559,6 +601,122 @@ def test_a_model_does_not_depend_on_its_company(undisturbed, tmp_path):
     assert results(alone)["jepa"] == results(undisturbed)["jepa"]
 
 
+# ---------------------------------------------------------------- weights from elsewhere
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory): return go("first", small(tmp_path_factory.mktemp("trained")))
+
+
+def without_cost(rows): return [row for row in rows["jepa"] if row["protocol"] != "cost"]
+
+
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_loaded_weights_are_taken_as_they_are_and_judged_the_same(kind, trained, tmp_path, monkeypatch):
+    fits = counted(monkeypatch, callbacks_module, "fit", lambda model: type(model).__name__)
+    source = trained.folder if kind == "run" else trained.part("jepa", "world") / "weights.safetensors"
+    folder = go("second", small(tmp_path, {"jepa.load": str(source)})).folder
+    assert "JEPA" not in fits and len(fits) == 6                                    # decoder, three reward heads, two oracles
+    result = read_result(folder / "models" / "jepa" / "world")
+    assert result["steps"] == 0 and str(source) in result["reason"]
+    assert result["weights"] == read_result(trained.part("jepa", "world"))["weights"]
+    assert without_cost(results(folder)) == without_cost(results(trained.folder))
+    assert "jepa for 0 steps" in Page(write_report(folder).read_text()).text
+
+
+def test_training_can_go_on_from_loaded_weights(trained, tmp_path):
+    again = go("second", small(tmp_path, {"jepa.load": str(trained.folder), "jepa.train_loaded": True, "jepa.steps": 2}), ("data", "train"))
+    part = again.part("jepa", "world")
+    assert read_result(part)["steps"] == 2
+    before, after = (load_file(path / "weights.safetensors") for path in (trained.part("jepa", "world"), part))
+    fresh = again.fresh("jepa").state_dict()
+    moved = {name: np.abs(after[name] - before[name]).max() for name in before}
+    assert 0 < max(moved.values()) < .1 and any(np.abs(fresh[name].numpy() - before[name]).max() > max(moved.values()) for name in before)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model.latent_dim": 64}, ["'jepa.load'", "encoder.readout", "model.latent_dim = 128 (here 64)"]),
+    ({"predictor.type": "mlp"}, ["predictor.net", "is missing", 'predictor.type = "gru" (here "mlp")']),
+    ({"jepa.target": "vjepa2"}, ["target.", "is missing", 'jepa.target = "none" (here "vjepa2")'])])
+def test_weights_of_another_architecture_name_tensors_and_the_setting(changes, words, trained, tmp_path):
+    with refused(RunError, *words): go("second", small(tmp_path, {"jepa.load": str(trained.folder), **changes}), ("data", "train"))
+    assert not (tmp_path / "runs" / "second" / "models").exists()
+
+
+def test_a_bare_file_of_another_architecture_names_tensors_and_sections(trained, tmp_path):
+    file = trained.part("jepa", "world") / "weights.safetensors"
+    with refused(RunError, "encoder.readout", "[model]", "[predictor]"): go("second", small(tmp_path, {"jepa.load": str(file), "model.latent_dim": 64}), ("data", "train"))
+
+
+class Bomb:
+    def __reduce__(self): return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "text", "missing", "changed"])
+def test_foreign_and_broken_weight_files_are_refused_by_name_and_nothing_runs(damage, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = trained.part("jepa", "world") / "weights.safetensors"
+    file, content, words = tmp_path / "weights.safetensors", source.read_bytes(), ["weights.safetensors", "not a whole safetensors file"]
+    if damage == "cut": file.write_bytes(content[:-100])
+    elif damage == "pickle": torch.save({"a": Bomb()}, file)
+    elif damage == "text": file.write_text("hello")
+    elif damage == "missing": words = ["weights.safetensors", "there is no"]
+    else:
+        other = tmp_path / "runs" / "other"
+        for path in ("models/jepa/world", ""): (other / path).mkdir(parents=True, exist_ok=True)
+        for name in ("settings.ini", "models/jepa/world/result.json"): (other / name).write_bytes((trained.folder / name).read_bytes())
+        (other / "models/jepa/world/weights.safetensors").write_bytes(content[:-4] + b"\0\0\0\0")
+        file, words = other, ["weights.safetensors", "not the file that training wrote"]
+    with refused(RunError, "'jepa.load'", *words): go("second", small(tmp_path, {"jepa.load": str(file)}), ("data", "train"))
+    assert not (tmp_path / "exploded").exists()
+
+
+# ---------------------------------------------------------------- rewards and tracking
+
+def test_a_constant_reward_is_said_and_left_out(tmp_path):
+    changes = {"env.id": "CartPole-v1", "collect.episodes": 8, "evaluation.horizons": [1, 2]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = go("mine", small(tmp_path, changes)).folder
+    assert not [row for row in results(folder)["jepa"] if row["protocol"] == "reward"] and not (folder / "oracles").exists()
+    assert re.search(r"No reward heads: all \d+ training steps of dataset .* earn 1 ", Page(write_report(folder).read_text()).text)
+
+
+def test_switched_off_heads_are_not_trained(tmp_path, monkeypatch):
+    fits = counted(monkeypatch, callbacks_module, "fit", lambda model: type(model).__name__)
+    folder = go("mine", small(tmp_path, {"larp.enabled": False})).folder
+    assert sorted(fits) == ["JEPA", "RewardMLP", "RewardMLP", "RewardMLP", "StateDecoder"]
+    assert {row["model"] for row in results(folder)["jepa"] if row["protocol"] == "reward"} == {"jepa reward_mlp", "jepa reward_mlp_no_action", "floor:oracle", "floor:mean-reward", "floor:last-reward"}
+
+
+def test_the_state_decoder_can_learn_from_predictions(tmp_path):
+    experiment = go("mine", small(tmp_path, {"state_decoder.latents": "predicted"}))
+    plain = go("plain", small(tmp_path))
+    a, b = (load_file(e.part("jepa", "decoder") / "weights.safetensors") for e in (experiment, plain))
+    assert any(not np.array_equal(a[name], b[name]) for name in a)
+    assert (experiment.part("jepa", "world") / "weights.safetensors").read_bytes() == (plain.part("jepa", "world") / "weights.safetensors").read_bytes()
+
+
+def test_a_tracked_run_leaves_an_offline_run_with_metrics_and_a_picture(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]: monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tracked = go("tracked", small(tmp_path, {"tracking.enabled": True, "tracking.mode": "offline", "tracking.project": "mine", "training.picture_every": 3}))
+    log, = (tracked.folder / "wandb").glob("offline-run-*/run-*.wandb")
+    read = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", log], env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True, text=True, check=True)
+    records = [json.loads(line) for line in read.stdout.splitlines()]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    keys = {key for row in rows for key in row}
+    assert {"jepa/train/prediction", "jepa/decoder/train/pixels", "jepa/reward_mlp/train/reward", "jepa/larp/train/reward", "oracles/oracle/train/reward"} <= keys
+    assert {"jepa/evaluation/rollout/latent_ratio/1", "jepa/evaluation/probe/r2 position"} <= keys
+    assert [row["jepa/step"] for row in rows if "jepa/train/total" in row] == [row["step"] for row in read_metrics(tracked.part("jepa", "world") / "metrics.jsonl")]
+    pictures = [row[key] for row in rows for key in row if key.endswith("picture.path") or key.endswith("filmstrip.path")]
+    assert len(pictures) == 5 and all((log.parent / "files" / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert run["project"] == "mine" and re.fullmatch(r"exp-\d{8}-\d{6}", run["display_name"])
+    plain = go("plain", small(tmp_path, {"training.picture_every": 3}))
+    assert results(plain.folder) == results(tracked.folder)
+
+
 # ---------------------------------------------------------------- other environments
 
 ENVIRONMENTS = {"CartPole-v1": ("discrete", {"cart position", "cart velocity", "pole angle", "pole velocity"}), "Pendulum-v1": ("continuous", {"cos θ", "sin θ", "angular velocity"})}
@@ -567,12 +725,12 @@ ENVIRONMENTS = {"CartPole-v1": ("discrete", {"cart position", "cart velocity", "
 @pytest.mark.parametrize("id", ENVIRONMENTS)
 def test_another_environment(id, tmp_path):
     kind, names = ENVIRONMENTS[id]
-    changes = {key: SMALL[key] for key in SMALL if key.startswith(("training", "heads", "env"))} | {"env.id": id, "collect.episodes": 12, "model.frame_stack": 2, "evaluation.horizons": [1, 4]}
+    changes = {key: SMALL[key] for key in SMALL if key.startswith(("training", "state_decoder", "reward_mlp", "larp", "probe", "env"))} | {"env.id": id, "collect.episodes": 12, "model.frame_stack": 2, "evaluation.horizons": [1, 4]}
     experiment = go("mine", inside(tmp_path, changes))
     assert experiment.dataset.spec.action.kind == kind and set(experiment.dataset.spec.state_names) == names
     for model in ("encdec", "jepa"):
         rows = results(experiment.folder)[model]
-        assert {row["metric"].removeprefix("r2 ") for row in rows if row["protocol"] == "probe"} == names | {"position"}
+        assert {row["metric"].removeprefix("mlp ").removeprefix("r2 ") for row in rows if row["protocol"] == "probe"} == names | {"position"}
         assert {row["horizon"] for row in rows if row["protocol"] == "rollout"} == {1, 4}
         assert all(math.isfinite(row["value"]) for row in rows)
         assert {f"inverse_{'accuracy' if kind == 'discrete' else 'r2'}", "inverse_floor"} <= {row["metric"] for row in rows}
@@ -591,7 +749,8 @@ def test_the_seed_projects_own_settings_run(tmp_path):
     settings = inside(tmp_path, {"ppo.train_steps": 64, "ppo.n_envs": 1, "ppo.n_steps": 32, "ppo.batch_size": 32, "ppo.n_epochs": 1, "ppo.subprocesses": False,
                                  "collect.episodes": 4, "collect.steps": 8, "data.validation_split": .5, "training.epochs": None, "training.steps": 2, "training.batch_size": 4,
                                  "training.validate_every": 2, "training.validation_batches": 1, "training.checkpoint_every": 2, "training.picture_every": 0,
-                                 "heads.decoder_steps": 4, "heads.batch_size": 8, "evaluation.horizons": [1, 2], "evaluation.windows": 4, "evaluation.bootstrap": 10}, preset="seed")
+                                 "state_decoder.epochs": None, "state_decoder.steps": 4, "state_decoder.batch_size": 8, "reward_mlp.epochs": None, "reward_mlp.steps": 4, "larp.epochs": None, "larp.steps": 4, "probe.mlp_steps": 4,
+                                 "tracking.enabled": False, "evaluation.horizons": [1, 2], "evaluation.windows": 4, "evaluation.bootstrap": 10}, preset="seed")
     experiment = go("seed", settings)
     assert experiment.dataset.spec.frame_shape == (1, 64, 64) and experiment.dataset.states.shape[1] == 128
     assert [path.name[:4] for path in (tmp_path / "datasets" / "agents").iterdir()] == ["ppo-"]
