@@ -732,6 +732,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'worldmodels_nb/models/vjepa2.py'),
                                               'worldmodels_nb.models.vjepa2.load_conditioned': ( 'models.vjepa2.html#load_conditioned',
                                                                                                  'worldmodels_nb/models/vjepa2.py'),
+                                              'worldmodels_nb.models.vjepa2.mean_error': ( 'models.vjepa2.html#mean_error',
+                                                                                           'worldmodels_nb/models/vjepa2.py'),
                                               'worldmodels_nb.models.vjepa2.normalize': ( 'models.vjepa2.html#normalize',
                                                                                           'worldmodels_nb/models/vjepa2.py'),
                                               'worldmodels_nb.models.vjepa2.robot_predictor': ( 'models.vjepa2.html#robot_predictor',

@@ -39,7 +39,7 @@ def knob(
 # %% ../nbs/00_settings.ipynb #4fa9a173
 class RunSettings(Section):
     "What to run, on which device, from which seed."
-    models: list[str] = knob(["encdec", "encdec_jepa", "jepa"], "which world models to train and compare, by registered name", min_length=1)
+    models: list[str] = knob(["encdec", "encdec_jepa", "jepa", "vjepa2"], "which world models to train and compare, by registered name", min_length=1)
     stages: list[Literal["data", "train", "masked", "ac", "heads", "evaluate"]] = knob(["data", "train", "heads", "evaluate"], "which stages of the experiment to run; masked and ac are the two that train makes of V-JEPA 2, each alone", min_length=1)
     seed: int = knob(0, "everything random is derived from it", ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda", "mps"] = knob("auto", "auto takes CUDA, then MPS, then the CPU")
@@ -223,18 +223,19 @@ class MaskedSettings(ModelRecipe):
     "V-JEPA 2's first stage: an encoder learns from hidden parts of clips."
     steps: int | None = knob(400, "gradient steps; null as in [training]", "steps", ge=1)
     batch_size: int | None = knob(16, "clips per step; null as in [training]", "clips", ge=2)
+    learning_rate: float | None = knob(1e-3, "AdamW's largest step size; null as in [training]", gt=0, le=1)
     pretrained: str | None = knob(None, "folder or file of released V-JEPA 2 weights, or a hub id (extra: hf), in place of this stage; null trains")
     frames: int = knob(4, "frames of a clip", "frames", ge=1, le=256)
     tubelet_size: int = knob(1, "frames that one token spans; must divide masked.frames", "frames", ge=1, le=16)
-    patch_size: int = knob(8, "side of the patch that one token spans", "px", ge=1, le=64)
+    patch_size: int = knob(16, "side of the patch that one token spans", "px", ge=1, le=64)
     dim: int = knob(64, "D: width of a token", ge=6, le=4096)
     depth: int = knob(2, "encoder blocks", "blocks", ge=1, le=64)
-    heads: int = knob(2, "attention heads; each needs a width of 6 or more", "heads", ge=1, le=64)
+    heads: int = knob(4, "attention heads; each needs a width of 6 or more", "heads", ge=1, le=64)
     mlp_ratio: float = knob(4.0, "width of each block's MLP, in token widths; the predictor's too", gt=0, le=16)
     predictor: Literal["transformer", "mlp"] = knob("transformer", "attention over visible tokens and mask tokens, or mask tokens in the encoder and an MLP on what comes out")
     predictor_dim: int = knob(48, "width of the predictor", ge=6, le=4096)
     predictor_depth: int = knob(2, "transformer: blocks of the predictor", "blocks", ge=1, le=64)
-    predictor_heads: int = knob(1, "transformer: attention heads of the predictor", "heads", ge=1, le=64)
+    predictor_heads: int = knob(3, "transformer: attention heads of the predictor", "heads", ge=1, le=64)
     masking: Literal["blocks", "random", "tubes"] = knob("blocks", "hide rectangles for the whole clip, single tokens, or single places for the whole clip")
     ratio: float = knob(0.75, "random and tubes: share of tokens hidden", "share", gt=0, lt=1)
     blocks: list[Annotated[int, Field(ge=1)]] = knob([8, 2], "blocks: rectangles of each mask; as many masks a step as there are numbers here", "rectangles", min_length=1)
@@ -258,13 +259,17 @@ class MaskedSettings(ModelRecipe):
 # %% ../nbs/00_settings.ipynb #207c0db0
 class AcSettings(ModelRecipe):
     "V-JEPA 2's second stage: a transformer learns what actions do to the frozen encoder's tokens."
-    window: int = knob(8, "T: steps of a training window", "steps", ge=1, le=256)
-    context_length: int = knob(8, "L: steps a token looks back at, its own counted; no more than ac.window ever shows", "steps", ge=1, le=256)
+    steps: int | None = knob(8000, "gradient steps; null as in [training]", "steps", ge=1)
+    batch_size: int | None = knob(8, "windows per step; null as in [training]", "windows", ge=2)
+    learning_rate: float | None = knob(3.5e-3, "AdamW's largest step size; null as in [training]", gt=0, le=1)
+    window: int = knob(4, "T: steps of a training window", "steps", ge=1, le=256)
+    context_length: int = knob(4, "L: steps a token looks back at, its own counted; no more than ac.window ever shows", "steps", ge=1, le=256)
     teacher_forcing: float = knob(0.8, "r: share of the loss on one-step predictions from true latents; the rest is on rollouts", "share", ge=0, le=1)
-    rollout_steps: int = knob(2, "K: steps that the rollout loss predicts from a window's first frame; at most ac.window", "steps", ge=1, le=256)
+    rollout_steps: int = knob(3, "K: steps that the rollout loss predicts from a window's first frame; at most ac.window", "steps", ge=1, le=256)
+    loss_exponent: float = knob(2.0, "p: errors count as |error|^p / p; the paper's 1 overlooks small things that move", ge=1, le=2)
     dim: int = knob(64, "width of the transformer", ge=6, le=4096)
     depth: int = knob(2, "blocks", "blocks", ge=1, le=64)
-    heads: int = knob(2, "attention heads; must divide ac.dim and leave each a width of 6", "heads", ge=1, le=64)
+    heads: int = knob(8, "attention heads; must divide ac.dim and leave each a width of 6", "heads", ge=1, le=64)
     mlp_ratio: float = knob(4.0, "width of each block's MLP, in widths of the transformer", gt=0, le=16)
 
     @model_validator(mode="after")

@@ -90,6 +90,7 @@ class MaskedViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if mask_token else None
         init_weights(self, self.blocks)
+        nn.init.trunc_normal_(self.patch_embed.proj.bias, std=0.02)        # an empty tubelet is not nothing
 
     def forward(self,
         clip: Tensor,                # (B, C, T, h, w), centred and scaled

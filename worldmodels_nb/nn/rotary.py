@@ -139,11 +139,12 @@ class RotaryBlock(nn.Module):
 def init_weights(
     model: nn.Module,               # changed in place
     blocks: Iterable[RotaryBlock],  # its blocks, from the first to the last
+    std: float = 0.02,              # of the weights
 ) -> None:
-    "V-JEPA 2's initialisation: truncated normal .02, zero biases, output projections of block i divided by √(2i)."
+    "V-JEPA 2's initialisation: truncated normal, zero biases, output projections of block i divided by √(2i)."
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=std)
             nn.init.zeros_(module.bias)
     with torch.no_grad():
         for i, block in enumerate(blocks, 1):
