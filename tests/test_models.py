@@ -17,7 +17,7 @@ STEPS, BATCH = 5, 4
 def tiny(**sections):
     base = {"env": {"size": 16}, "model": {"latent_dim": 16, "patch_size": 4, "action_dim": 4}, "patch": {"channels": 8}, "cnn": {"base_filters": 4, "layers": 2},
             "vit": {"depth": 1, "heads": 2, "mlp_dim": 16}, "mlp": {"layers": 1, "hidden": 16}, "predictor": {"hidden": [16], "depth": 1, "heads": 2, "mlp_dim": 16},
-            "decoder": {"dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "patch_size": 4, "channels": 4}}
+            "decoder": {"dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "patch_size": 4, "channels": 4}, "masked": {"patch_size": 8}}
     return make_settings({s: base.get(s, {}) | sections.get(s, {}) for s in base | sections})
 
 

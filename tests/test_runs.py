@@ -95,20 +95,22 @@ def smoke(tmp_path_factory):
 
 def test_a_run_folder_holds_what_it_should(smoke):
     folder, s = smoke.folder, smoke.settings
-    assert s.run.models == ["encdec", "encdec_jepa", "jepa"]
+    assert s.run.models == ["encdec", "encdec_jepa", "jepa", "vjepa2"]
     for model in s.run.models:
-        world = folder / "models" / model / "world"
-        assert {path.name for path in world.iterdir()} == {"weights.safetensors", "state.pt", "metrics.jsonl", "result.json"}
-        result, state = read_result(world), read_state(world / "state.pt")
-        assert result["steps"] == state["step"] == read_metrics(world / "metrics.jsonl")[-1]["step"] == s.training.steps
-        assert result["weights"] == hashlib.sha256((world / "weights.safetensors").read_bytes()).hexdigest()
-        assert all(np.isfinite(array).all() for array in load_file(world / "weights.safetensors").values())
+        stages = smoke.fresh(model).stages()
+        for stage in stages:
+            world = folder / "models" / model / stage.name
+            assert {path.name for path in world.iterdir()} == {"weights.safetensors", "state.pt", "metrics.jsonl", "result.json"}
+            result, state = read_result(world), read_state(world / "state.pt")
+            assert result["steps"] == state["step"] == read_metrics(world / "metrics.jsonl")[-1]["step"] == s.recipe(stage.section).steps
+            assert result["weights"] == hashlib.sha256((world / "weights.safetensors").read_bytes()).hexdigest()
+            assert all(np.isfinite(array).all() for array in load_file(world / "weights.safetensors").values())
         with np.load(folder / "models" / model / "evaluation.npz", allow_pickle=False) as arrays:
             frames = (s.evaluation.filmstrips, max(s.evaluation.horizons) + 1, 3, s.env.size, s.env.size)
             assert arrays["truth"].shape == arrays["decoded"].shape == frames and arrays["truth"].dtype == np.uint8
-            assert ("imagined" in arrays) == (model != "jepa")
-        assert [path.name for path in sorted((folder / "pictures" / model).iterdir())] == ["decoder", "step_000010.png", "step_000020.png"]
-        assert [path.name for path in sorted((folder / "pictures" / model / "decoder").iterdir())] == ["step_000010.png", "step_000020.png"]
+            assert ("imagined" in arrays) == model.startswith("encdec")
+        for part in ([model] if len(stages) == 1 else [f"{model}/{stage.name}" for stage in stages]) + [f"{model}/decoder"]:
+            assert [path.name for path in sorted((folder / "pictures" / part).glob("*.png"))] == ["step_000010.png", "step_000020.png"]
     assert {"comparison.csv", "report.html", "settings.ini", "provenance.json", "status.json"} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.parent.parent.rglob(".*")], "something was left half-made"
 
