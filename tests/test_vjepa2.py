@@ -43,6 +43,13 @@ def other(actions):
     return (actions + 1) % 3 if actions.dtype == torch.int64 else -actions + 0.1
 
 
+@pytest.mark.parametrize("dim", [48, 1024])
+def test_fresh_weights_keep_the_size_of_what_passes_through_them_at_any_width(dim):
+    torch.manual_seed(0)
+    layer = WorldModelTransformer(WIDTH, GRID, CONTINUOUS, ac(dim=dim, depth=1)).predictor_blocks[0].attn.qkv.weight
+    assert 0.95 * 0.64 < layer.std().item() * dim ** 0.5 < 1.05 * 0.64                    # .02 at the paper's 1024
+
+
 @KINDS
 @pytest.mark.parametrize("steps", range(1, 7))
 @torch.no_grad()
