@@ -278,13 +278,13 @@ def test_the_slow_copy_follows_a_ramp():
 
 @pytest.mark.parametrize("predictor", ["transformer", "mlp"])
 @pytest.mark.parametrize("masking", ["blocks", "random", "tubes"])
-def test_twenty_steps_lower_the_loss(predictor, masking):
+def test_ten_steps_lower_the_loss(predictor, masking):
     model, batch = stage(predictor=predictor, masking=masking, ratio=.5), batch_of(clips(batch=16))
     model.calibrate(batch.frames.flatten(0, 1))
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
-    for step in range(20):
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 6e-3), []
+    for step in range(10):
         loss = model.loss(batch)
-        optimizer.zero_grad(); loss.total.backward(); optimizer.step(); model.after_step(step + 1, 20)
+        optimizer.zero_grad(); loss.total.backward(); optimizer.step(); model.after_step(step + 1, 10)
         losses.append(loss.total.item())
     assert max(losses[-2:]) < .9 * min(losses[:2]), losses
 

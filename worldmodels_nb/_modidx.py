@@ -726,6 +726,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'worldmodels_nb/models/vjepa2.py'),
                                               'worldmodels_nb.models.vjepa2.WorldModelTransformer.loss': ( 'models.vjepa2.html#worldmodeltransformer.loss',
                                                                                                            'worldmodels_nb/models/vjepa2.py'),
+                                              'worldmodels_nb.models.vjepa2._fresh_std': ( 'models.vjepa2.html#_fresh_std',
+                                                                                           'worldmodels_nb/models/vjepa2.py'),
                                               'worldmodels_nb.models.vjepa2.check_actions': ( 'models.vjepa2.html#check_actions',
                                                                                               'worldmodels_nb/models/vjepa2.py'),
                                               'worldmodels_nb.models.vjepa2.frame_mask': ( 'models.vjepa2.html#frame_mask',

@@ -148,7 +148,7 @@ def curves(
     zero: bool = True,      # False: let the y axis begin where the data does
 ) -> Picture:
     "Lines with their intervals. Models have their colours, floors (`floor:…`) are grey and dashed."
-    figure, ax = new_picture(max(6, 4 + .09 * max(map(len, series))), max(2.6, .22 * len(series)))     # room for a long legend
+    figure, ax = new_picture(max(6, 4 + .09 * max(map(len, series), default=0)), max(2.6, .22 * len(series)))     # room for a long legend
     lowest = np.inf
     for (name, style), points in zip(line_styles(series).items(), series.values()):
         x, y, low, high = (None if part is None else np.asarray(part, float) for part in points)

@@ -56,6 +56,8 @@ class Memory:
         return Memory(self.steps, self.tokens, [tuple(part[:, :, max(part.shape[2] - n * self.tokens, 0):] for part in block) for block in self.blocks])
 
 # %% ../../nbs/25_models.vjepa2.ipynb #vjepa2-015
+def _fresh_std(dim: int) -> float: return 0.02 * math.sqrt(1024 / dim)    # of weights, at a width
+
 class ActionConditionedPredictor(nn.Module):
     "Tokens of steps and what was done in each, to tokens of the steps that follow (V-JEPA 2-AC; Assran et al., 2025)."
     def __init__(self,
@@ -75,7 +77,7 @@ class ActionConditionedPredictor(nn.Module):
         for name, module in conditions.items(): self.add_module(name, module)
         self.predictor_blocks = nn.ModuleList(RotaryBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm, self.predictor_proj = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, width)
-        init_weights(self, self.predictor_blocks, 0.02 * math.sqrt(1024 / dim))
+        init_weights(self, self.predictor_blocks, _fresh_std(dim))
 
     def forward(self,
         z: Tensor,            # tokens of T steps (B, T, N, D), layer-normed
@@ -133,7 +135,7 @@ class WorldModelTransformer(ActionConditionedPredictor, Trainable):
         s: AcSettings,          # dim, depth, heads, mlp_ratio, context_length; teacher_forcing, rollout_steps, loss_exponent
     ):
         super().__init__(width, grid, dict(action_encoder=ActionEmbedding(action, s.dim)), s.dim, s.depth, s.heads, s.mlp_ratio, s.context_length)
-        if not self.action_encoder.discrete: nn.init.trunc_normal_(self.action_encoder.embed.bias, std=0.02 * math.sqrt(1024 / s.dim))
+        if not self.action_encoder.discrete: nn.init.trunc_normal_(self.action_encoder.embed.bias, std=_fresh_std(s.dim))
         self.settings = s
 
 # %% ../../nbs/25_models.vjepa2.ipynb #vjepa2-027
