@@ -1,0 +1,217 @@
+"Probes and the state decoder: closed forms, invariances, degenerate input."
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from worldmodels_nb.data.datasets import Batch
+from worldmodels_nb.eval.heads import EvaluationError, LinearProbe, MLPProbe, StateDecoder, fit_mlp_probe, fit_probe, r_squared, readout, ridge_weights, spread
+from worldmodels_nb.settings import TrainingSettings
+from worldmodels_nb.training.fit import fit
+
+
+def sample(n=60, width=5, outputs=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=g) * torch.arange(1, width + 1) + 2
+    return x, x @ torch.randn(width, outputs, generator=g) + .3 * torch.randn(n, outputs, generator=g)
+
+
+def pixels(latents, frames):
+    return Batch(frames, None, None, None, None, latents)
+
+
+def test_readout_lays_tokens_side_by_side():
+    z = torch.arange(24.).view(2, 3, 4)
+    assert readout(z).tolist() == [list(range(12)), list(range(12, 24))]
+    assert readout(torch.zeros(5, 7, 3, 4)).shape == (5, 7, 12)
+
+
+def test_r_squared_against_the_formula():
+    x, y = sample()
+    guess = y + torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
+    p, t = guess.double().numpy(), y.double().numpy()
+    assert np.allclose(r_squared(guess, y), 1 - ((p - t) ** 2).sum(0) / ((t - t.mean(0)) ** 2).sum(0))
+    assert torch.allclose(r_squared(y, y), torch.ones(3, dtype=torch.float64))
+    assert torch.allclose(r_squared(y.mean(0).expand_as(y), y), torch.zeros(3, dtype=torch.float64), atol=1e-9)
+
+
+def test_r_squared_of_what_does_not_vary_is_nan():
+    y = torch.cat([torch.full((10, 1), 32.1), torch.arange(10.)[:, None]], 1)
+    assert r_squared(y, y).isnan().tolist() == [True, False]
+    with pytest.raises(EvaluationError, match="two samples"): r_squared(y[:1], y[:1])
+
+
+@pytest.mark.parametrize("n, width", [(60, 5), (8, 30), (12, 12)])
+@pytest.mark.parametrize("ridge", [.03, 1.])
+def test_probe_equals_least_squares_with_ridge_rows(n, width, ridge):
+    x, y = sample(n, width)
+    a = x.double().numpy()
+    a = (a - a.mean(0)) / a.std(0)
+    t = y.double().numpy()
+    w = np.linalg.lstsq(np.vstack([a, math.sqrt(ridge * n) * np.eye(width)]), np.vstack([t - t.mean(0), np.zeros((width, 3))]), rcond=None)[0]
+    assert np.allclose(fit_probe(x, y, ridge).predict(x), a @ w + t.mean(0), atol=1e-4)
+
+
+def test_both_gram_forms_agree():
+    g = np.random.default_rng(0)
+    x, y = torch.from_numpy(g.normal(size=(15, 40))), torch.from_numpy(g.normal(size=(15, 2)))
+    primal = torch.linalg.solve(x.T @ x + .03 * 15 * torch.eye(40).double(), x.T @ y)
+    assert torch.allclose(ridge_weights(x, y, .03), primal, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(1e-3, 1e3), st.floats(-100, 100), st.floats(1e-2, 1e2), st.integers(0, 5))
+def test_scale_and_shift_of_latents_do_not_matter_and_units_of_states_do(scale, shift, unit, seed):
+    x, y = sample(seed=seed)
+    shift = shift * scale
+    plain, moved = fit_probe(x, y), fit_probe(x * scale + shift, y * unit)
+    assert torch.allclose(plain.predict(x) * unit, moved.predict(x * scale + shift), rtol=1e-3, atol=2e-2 * unit)
+
+
+def test_order_of_samples_does_not_matter():
+    x, y = sample()
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(fit_probe(x, y).predict(x), fit_probe(x[order], y[order]).predict(x), atol=1e-4)
+
+
+def test_inputs_that_do_not_vary_are_never_looked_at():
+    x, y = sample()
+    constant, rounding = torch.full((60, 1), .7), 1000 + 1e-4 * torch.randn(60, 1)
+    wide = torch.cat([x, constant, rounding], 1)
+    elsewhere = wide.clone(); elsewhere[:, 5:] = 1e6
+    assert torch.equal(fit_probe(wide, y).predict(wide), fit_probe(wide, y).predict(elsewhere))
+    assert torch.allclose(fit_probe(wide, y).predict(wide), fit_probe(x, y).predict(x), atol=1e-4)
+    assert spread(wide)[5:].tolist() == [0, 0]
+
+
+def test_a_collapsed_latent_reads_as_the_mean():
+    x, y = torch.full((60, 5), .3), sample()[1]
+    probe = fit_probe(x, y)
+    assert torch.allclose(probe.predict(x), y.mean(0).expand_as(y), atol=1e-5)
+    assert torch.allclose(probe.r2(x, y), torch.zeros(3, dtype=torch.float64), atol=1e-6)
+
+
+def test_constant_targets_are_read_exactly():
+    x, _ = sample()
+    y = torch.tensor([[32., 24.]]).expand(60, 2)
+    assert torch.equal(fit_probe(x, y).predict(torch.randn(7, 5) * 100), y[:7])
+
+
+def test_byte_states_are_targets_too():
+    x, y = sample()
+    y = (y * 10 + 128).clamp(0, 255).byte()
+    assert torch.equal(fit_probe(x, y).predict(x), fit_probe(x, y.float()).predict(x))
+
+
+@pytest.mark.parametrize("x, y, match", [
+    (torch.zeros(1, 3), torch.zeros(1, 2), "two samples"),
+    (torch.zeros(4, 3), torch.zeros(5, 2), "equal n"),
+    (torch.zeros(4, 1, 3), torch.zeros(4, 2), "readouts"),
+    (torch.full((4, 3), torch.nan), torch.zeros(4, 2), "not finite"),
+    (torch.zeros(4, 3), torch.full((4, 2), torch.inf), "not finite")])
+def test_unusable_samples_are_refused_in_one_sentence(x, y, match):
+    for fitter in (fit_probe, fit_mlp_probe):
+        with pytest.raises(EvaluationError, match=match): fitter(x, y)
+
+
+def test_without_ridge_repeated_inputs_have_no_single_solution():
+    x, y = sample()
+    with pytest.raises(EvaluationError, match="evaluation.probe.ridge"): fit_probe(torch.cat([x, x], 1), y, ridge=0.)
+    with pytest.raises(EvaluationError, match="evaluation.probe.ridge"): fit_probe(x[:3], y[:3], ridge=0.)
+    assert fit_probe(x, y, ridge=0.).r2(x, y).min() > .9
+
+
+def test_a_real_ridge_survives_errors_in_predicted_latents():
+    g = torch.Generator().manual_seed(0)
+    y = 3.6 * torch.rand(400, 2, generator=g) - 1.8
+    q = torch.linalg.qr(torch.randn(32, 32, generator=g))[0]
+    true = torch.tanh(1.5 * y) @ q[:2] + .003 * y @ q[2:4]
+    predicted = true + .05 * torch.randn(400, 32, generator=g)
+    small, real = fit_probe(true, y, 1e-6), fit_probe(true, y, .03)
+    assert small.r2(true, y).min() > .999 and real.r2(true, y).min() > .8
+    assert small.r2(predicted, y).max() < 0 and real.r2(predicted, y).min() > .8
+
+
+def test_mlp_probe_depends_on_its_seed_alone():
+    x, y = sample()
+    recipe = TrainingSettings(steps=5, batch_size=16)
+    state = torch.get_rng_state()
+    first = fit_mlp_probe(x, y, 8, recipe, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    again, other = fit_mlp_probe(x, y, 8, recipe, seed=1), fit_mlp_probe(x, y, 8, recipe, seed=2)
+    assert torch.equal(first.predict(x), again.predict(x)) and not torch.equal(first.predict(x), other.predict(x))
+    assert not first.training
+
+
+def test_mlp_probe_reads_what_is_folded():
+    x = torch.rand(600, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = torch.cat([x.square(), torch.full_like(x, 5.)], 1)
+    mlp = fit_mlp_probe(x[:400], y[:400], 32, TrainingSettings(steps=200, batch_size=64, learning_rate=1e-2))
+    assert fit_probe(x[:400], y[:400]).r2(x[400:], y[400:])[0] < .1 < .95 < mlp.r2(x[400:], y[400:])[0]
+    assert torch.allclose(mlp.predict(x)[:, 1], torch.tensor(5.))
+
+
+def test_heads_are_what_their_weights_say():
+    x, y = sample()
+    linear, mlp = fit_probe(x, y), fit_mlp_probe(x, y, 8, TrainingSettings(steps=3, batch_size=16))
+    for fresh, fitted in ((LinearProbe(5, 3), linear), (MLPProbe(5, 3, 8), mlp)):
+        fresh.load_state_dict(fitted.state_dict())
+        assert torch.equal(fresh.predict(x), fitted.predict(x))
+
+
+@pytest.mark.parametrize("frame_shape", [(3, 8, 8), (1, 50, 50), (3, 64, 64), (1, 84, 84), (3, 40, 24)])
+def test_decoder_paints_every_size(frame_shape):
+    decoder = StateDecoder((2, 3), frame_shape, 4)
+    frames = torch.randint(0, 256, (4, 2, *frame_shape), dtype=torch.uint8)
+    decoder.loss(pixels(torch.randn(4, 2, 2, 3), frames)).total.backward()
+    decoded = decoder.eval()(100 * torch.randn(3, 2, 2, 3))
+    assert decoded.shape == (3, 2, *frame_shape) and 0 <= decoded.min() and decoded.max() <= 1
+    assert decoder(torch.randn(2, 3)[None]).shape == (1, *frame_shape)
+
+
+def test_frames_too_small_are_refused():
+    with pytest.raises(EvaluationError, match="env.size"): StateDecoder((1, 4), (3, 7, 7))
+
+
+def test_a_fresh_decoder_paints_the_mean_of_the_frames_it_saw():
+    decoder = StateDecoder((1, 4), (3, 16, 16), 4)
+    batches = torch.randint(0, 256, (3, 8, 1, 3, 16, 16), dtype=torch.uint8)
+    for frames in batches: decoder.loss(pixels(torch.randn(8, 1, 1, 4), frames))
+    expected = (batches.float() / 255).mean((0, 1, 2))
+    assert torch.allclose(decoder.eval()(torch.randn(5, 1, 4)), expected.expand(5, 3, 16, 16), atol=1e-5)
+    decoder.loss(pixels(torch.randn(8, 1, 1, 4), 0 * batches[0]))
+    assert torch.allclose(decoder.background, expected, atol=1e-5) and decoder.seen == 3
+
+
+def test_decoder_loss_is_the_pixel_error_of_the_newest_frames():
+    decoder = StateDecoder((1, 4), (3, 16, 16), 4).eval()
+    z, frames = torch.randn(6, 2, 1, 4), torch.randint(0, 256, (6, 4, 3, 16, 16), dtype=torch.uint8)
+    loss = decoder.loss(pixels(z, frames))
+    assert torch.allclose(loss.total, F.mse_loss(decoder.decoded(z.flatten(0, 1)), frames[:, 2:].flatten(0, 1) / 255))
+    assert loss.terms.keys() == {"pixels"} and not loss.terms["pixels"].requires_grad
+
+
+def test_decoder_learns_what_the_latent_says_whatever_its_scale():
+    g = torch.Generator().manual_seed(0)
+    where = torch.randint(2, 14, (512, 2), generator=g)
+    frames = torch.zeros(512, 1, 16, 16, dtype=torch.uint8)
+    for d in (-1, 0, 1): frames[torch.arange(512), 0, where[:, 0] + d, where[:, 1]] = 255
+    latents = F.one_hot(where, 16).float().flatten(1)[:, None]
+    def train(scale):
+        torch.manual_seed(0)
+        def batch(step):
+            i = np.random.default_rng(step).integers(512, size=64)
+            return pixels(scale * latents[i, None], frames[i, None])
+        decoder = fit(StateDecoder((1, 32), (1, 16, 16), 8), batch, TrainingSettings(steps=80, batch_size=64, learning_rate=1e-2)).model.eval()
+        return F.mse_loss(decoder(scale * latents), frames / 255).item()
+    floor = (frames / 255).var(0, correction=0).mean().item()
+    assert train(1.) < .3 * floor and train(100.) < .3 * floor
+
+
+def test_a_decoder_for_tokens_stays_small():
+    assert sum(p.numel() for p in StateDecoder((64, 128), (3, 64, 64), 32).parameters()) < 4e6
