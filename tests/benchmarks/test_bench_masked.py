@@ -90,7 +90,7 @@ def test_encoder_and_predictor_are_no_slower_than_those_of_transformers(benchmar
     def ours_once():
         for module in (sees, predicts):
             for p in module.parameters(): p.grad = None
-        predicts(take(sees(clip.transpose(1, 2)), context), context, targets, GRID, 1).square().mean().backward()
+        predicts(gather_tokens(sees(clip.transpose(1, 2)), context), context, targets, GRID, 1).square().mean().backward()
     def theirs_once():
         for p in theirs.parameters(): p.grad = None
         theirs(clip, context_mask=[context], target_mask=[targets]).predictor_output.last_hidden_state.square().mean().backward()

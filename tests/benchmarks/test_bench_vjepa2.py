@@ -1,4 +1,4 @@
-"What stage 2 of V-JEPA 2 costs: reading cached tokens, and a memory against none. Run: pytest --benchmark-only."
+"What stage 2 of V-JEPA 2 costs: reading cached tokens, and a cache against none. Run: pytest --benchmark-only."
 import time
 
 import numpy as np
@@ -25,7 +25,7 @@ class Watch(Callback):
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    "Windows of 1,980 frames with 49 MB of cached tokens, memory-mapped."
+    "Windows of 1,980 frames with 49 MB of cached tokens, cache-mapped."
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("bench")
     with EpisodeWriter(folder / "set", SPEC, {}) as writer:
         for _ in range(60): writer.add(Episode(rng.integers(0, 256, (33, 3, 8, 8), np.uint8), rng.uniform(-1, 1, (32, 2)).astype(np.float32), np.zeros(32, np.float32), False, None))
@@ -57,12 +57,12 @@ def test_sixteen_steps_with_a_memory_are_four_times_as_fast_as_without(benchmark
     z, actions = normalize(torch.randn(batch, 1, TOKENS, WIDTH)), torch.rand(batch, 16, 2) * 2 - 1
     def again(z):
         for t in range(1, 17): z = torch.cat([z, model.step(z, actions[:, :t])[0][:, -1:]], 1)
-    spent = {"memory": [], "none": []}
+    spent = {"cache": [], "none": []}
     def turns():
         for _ in range(4):
-            for name, call in (("memory", lambda: model.rollout(z, actions)), ("none", lambda: again(z))):
+            for name, call in (("cache", lambda: model.rollout(z, actions)), ("none", lambda: again(z))):
                 began = time.perf_counter(); call(); spent[name].append(time.perf_counter() - began)
     benchmark.pedantic(turns, rounds=1)
-    quick, slow = (np.median(spent[name][1:]) for name in ("memory", "none"))
+    quick, slow = (np.median(spent[name][1:]) for name in ("cache", "none"))
     benchmark.extra_info |= dict(times=round(slow / quick, 1), milliseconds=round(1000 * quick, 1), without=round(1000 * slow, 1))
     assert slow >= 4 * quick

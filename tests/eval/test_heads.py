@@ -1,5 +1,6 @@
 "Probes and the state decoder: closed forms, invariances, degenerate input."
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,21 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from worldmodels_nb.data.datasets import Batch
-from worldmodels_nb.eval.heads import EvaluationError, LinearProbe, MLPProbe, StateDecoder, fit_mlp_probe, fit_probe, r_squared, readout, ridge_weights, spread
-from worldmodels_nb.settings import TrainingSettings
+from worldmodels_nb.eval.heads import (
+    LinearProbe,
+    MLPProbe,
+    StateDecoder,
+    fit_mlp_probe,
+    fit_probe,
+    fit_state_probe,
+    probe_results,
+    r_squared,
+    readout,
+    ridge_weights,
+    spread,
+)
+from worldmodels_nb.eval.results import MODEL, EvaluationError, Source
+from worldmodels_nb.settings import ProbeSettings, TrainingSettings
 from worldmodels_nb.training.fit import fit
 
 
@@ -36,7 +50,8 @@ def test_r_squared_against_the_formula():
     p, t = guess.double().numpy(), y.double().numpy()
     assert np.allclose(r_squared(guess, y), 1 - ((p - t) ** 2).sum(0) / ((t - t.mean(0)) ** 2).sum(0))
     assert torch.allclose(r_squared(y, y), torch.ones(3, dtype=torch.float64))
-    assert torch.allclose(r_squared(y.mean(0).expand_as(y), y), torch.zeros(3, dtype=torch.float64), atol=1e-9)
+    none = torch.zeros(3, dtype=torch.float64)
+    assert torch.allclose(r_squared(y.mean(0).expand_as(y), y), none, atol=1e-9)
 
 
 def test_r_squared_of_what_does_not_vary_is_nan():
@@ -52,7 +67,8 @@ def test_probe_equals_least_squares_with_ridge_rows(n, width, ridge):
     a = x.double().numpy()
     a = (a - a.mean(0)) / a.std(0)
     t = y.double().numpy()
-    w = np.linalg.lstsq(np.vstack([a, math.sqrt(ridge * n) * np.eye(width)]), np.vstack([t - t.mean(0), np.zeros((width, 3))]), rcond=None)[0]
+    inputs = np.vstack([a, math.sqrt(ridge * n) * np.eye(width)])
+    w = np.linalg.lstsq(inputs, np.vstack([t - t.mean(0), np.zeros((width, 3))]), rcond=None)[0]
     assert np.allclose(fit_probe(x, y, ridge).predict(x), a @ w + t.mean(0), atol=1e-4)
 
 
@@ -63,13 +79,27 @@ def test_both_gram_forms_agree():
     assert torch.allclose(ridge_weights(x, y, .03), primal, atol=1e-10)
 
 
+def test_ridge_weights_equal_least_squares_of_numpy_to_the_last_digits():
+    x, y = np.random.default_rng(1).normal(size=(50, 8)), np.random.default_rng(2).normal(size=(50, 3))
+    rows = np.sqrt(.03 * 50) * np.eye(8)
+    by_numpy = np.linalg.lstsq(np.vstack([x, rows]), np.vstack([y, np.zeros((8, 3))]), rcond=None)[0]
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert np.abs(ridge_weights(x, y, .03).numpy() - by_numpy).max() < 1e-12
+    wide = torch.from_numpy(np.random.default_rng(3).normal(size=(20, 60)))
+    primal = torch.linalg.solve(wide.T @ wide + .6 * torch.eye(60).double(), wide.T @ y[:20])
+    assert (ridge_weights(wide, y[:20], .03) - primal).abs().max() < 1e-10
+    twice = torch.cat([x, x], 1)
+    with pytest.raises(EvaluationError, match="evaluation.probe.ridge"): ridge_weights(twice, y, 0.)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(-100, 100), st.floats(1e-2, 1e2), st.integers(0, 5))
 def test_scale_and_shift_of_latents_do_not_matter_and_units_of_states_do(scale, shift, unit, seed):
     x, y = sample(seed=seed)
     shift = shift * scale
     plain, moved = fit_probe(x, y), fit_probe(x * scale + shift, y * unit)
-    assert torch.allclose(plain.predict(x) * unit, moved.predict(x * scale + shift), rtol=1e-3, atol=2e-2 * unit)
+    read = moved.predict(x * scale + shift)
+    assert torch.allclose(plain.predict(x) * unit, read, rtol=1e-3, atol=2e-2 * unit)
 
 
 def test_order_of_samples_does_not_matter():
@@ -82,7 +112,8 @@ def test_inputs_that_do_not_vary_are_never_looked_at():
     x, y = sample()
     constant, rounding = torch.full((60, 1), .7), 1000 + 1e-4 * torch.randn(60, 1)
     wide = torch.cat([x, constant, rounding], 1)
-    elsewhere = wide.clone(); elsewhere[:, 5:] = 1e6
+    elsewhere = wide.clone()
+    elsewhere[:, 5:] = 1e6
     assert torch.equal(fit_probe(wide, y).predict(wide), fit_probe(wide, y).predict(elsewhere))
     assert torch.allclose(fit_probe(wide, y).predict(wide), fit_probe(x, y).predict(x), atol=1e-4)
     assert spread(wide)[5:].tolist() == [0, 0]
@@ -120,8 +151,8 @@ def test_unusable_samples_are_refused_in_one_sentence(x, y, match):
 
 def test_without_ridge_repeated_inputs_have_no_single_solution():
     x, y = sample()
-    with pytest.raises(EvaluationError, match="evaluation.probe.ridge"): fit_probe(torch.cat([x, x], 1), y, ridge=0.)
-    with pytest.raises(EvaluationError, match="evaluation.probe.ridge"): fit_probe(x[:3], y[:3], ridge=0.)
+    for few in ((torch.cat([x, x], 1), y), (x[:3], y[:3])):
+        with pytest.raises(EvaluationError, match="evaluation.probe.ridge"): fit_probe(*few, ridge=0.)
     assert fit_probe(x, y, ridge=0.).r2(x, y).min() > .9
 
 
@@ -143,15 +174,17 @@ def test_mlp_probe_depends_on_its_seed_alone():
     first = fit_mlp_probe(x, y, 8, recipe, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    again, other = fit_mlp_probe(x, y, 8, recipe, seed=1), fit_mlp_probe(x, y, 8, recipe, seed=2)
-    assert torch.equal(first.predict(x), again.predict(x)) and not torch.equal(first.predict(x), other.predict(x))
+    again, other = (fit_mlp_probe(x, y, 8, recipe, seed=seed) for seed in (1, 2))
+    assert torch.equal(first.predict(x), again.predict(x))
+    assert not torch.equal(first.predict(x), other.predict(x))
     assert not first.training
 
 
 def test_mlp_probe_reads_what_is_folded():
     x = torch.rand(600, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = torch.cat([x.square(), torch.full_like(x, 5.)], 1)
-    mlp = fit_mlp_probe(x[:400], y[:400], 32, TrainingSettings(steps=200, batch_size=64, learning_rate=1e-2))
+    recipe = TrainingSettings(steps=200, batch_size=64, learning_rate=1e-2)
+    mlp = fit_mlp_probe(x[:400], y[:400], 32, recipe)
     assert fit_probe(x[:400], y[:400]).r2(x[400:], y[400:])[0] < .1 < .95 < mlp.r2(x[400:], y[400:])[0]
     assert torch.allclose(mlp.predict(x)[:, 1], torch.tensor(5.))
 
@@ -165,20 +198,22 @@ def test_heads_are_what_their_weights_say():
 
 
 @pytest.mark.parametrize("frame_shape", [(3, 8, 8), (1, 50, 50), (3, 64, 64), (1, 84, 84), (3, 40, 24)])
-def test_decoder_paints_every_size(frame_shape):
+def test_decoder_decodes_every_size(frame_shape):
     decoder = StateDecoder((2, 3), frame_shape, 4)
     frames = torch.randint(0, 256, (4, 2, *frame_shape), dtype=torch.uint8)
     decoder.loss(pixels(torch.randn(4, 2, 2, 3), frames)).total.backward()
     decoded = decoder.eval()(100 * torch.randn(3, 2, 2, 3))
     assert decoded.shape == (3, 2, *frame_shape) and 0 <= decoded.min() and decoded.max() <= 1
     assert decoder(torch.randn(2, 3)[None]).shape == (1, *frame_shape)
+    assert StateDecoder((4, 5), (1, 84, 84), 4)(torch.randn(2, 3, 4, 5)).shape == (2, 3, 1, 84, 84)
 
 
 def test_frames_too_small_are_refused():
-    with pytest.raises(EvaluationError, match="env.size"): StateDecoder((1, 4), (3, 7, 7))
+    for size in (4, 7):
+        with pytest.raises(EvaluationError, match="env.size"): StateDecoder((1, 4), (3, size, size))
 
 
-def test_a_fresh_decoder_paints_the_mean_of_the_frames_it_saw():
+def test_a_fresh_decoder_shows_the_mean_of_the_frames_it_saw():
     decoder = StateDecoder((1, 4), (3, 16, 16), 4)
     batches = torch.randint(0, 256, (3, 8, 1, 3, 16, 16), dtype=torch.uint8)
     for frames in batches: decoder.loss(pixels(torch.randn(8, 1, 1, 4), frames))
@@ -192,7 +227,8 @@ def test_decoder_loss_is_the_pixel_error_of_the_newest_frames():
     decoder = StateDecoder((1, 4), (3, 16, 16), 4).eval()
     z, frames = torch.randn(6, 2, 1, 4), torch.randint(0, 256, (6, 4, 3, 16, 16), dtype=torch.uint8)
     loss = decoder.loss(pixels(z, frames))
-    assert torch.allclose(loss.total, F.mse_loss(decoder.decoded(z.flatten(0, 1)), frames[:, 2:].flatten(0, 1) / 255))
+    newest = frames[:, 2:].flatten(0, 1) / 255
+    assert torch.allclose(loss.total, F.mse_loss(decoder.decode(z.flatten(0, 1)), newest))
     assert loss.terms.keys() == {"pixels"} and not loss.terms["pixels"].requires_grad
 
 
@@ -207,11 +243,73 @@ def test_decoder_learns_what_the_latent_says_whatever_its_scale():
         def batch(step):
             i = np.random.default_rng(step).integers(512, size=64)
             return pixels(scale * latents[i, None], frames[i, None])
-        decoder = fit(StateDecoder((1, 32), (1, 16, 16), 8), batch, TrainingSettings(steps=80, batch_size=64, learning_rate=1e-2)).model.eval()
+        recipe = TrainingSettings(steps=80, batch_size=64, learning_rate=1e-2)
+        decoder = fit(StateDecoder((1, 32), (1, 16, 16), 8), batch, recipe).model.eval()
         return F.mse_loss(decoder(scale * latents), frames / 255).item()
-    floor = (frames / 255).var(0, correction=0).mean().item()
-    assert train(1.) < .3 * floor and train(100.) < .3 * floor
+    blind = (frames / 255).var(0, correction=0).mean().item()
+    assert train(1.) < .3 * blind and train(100.) < .3 * blind
 
 
 def test_a_decoder_for_tokens_stays_small():
     assert sum(p.numel() for p in StateDecoder((64, 128), (3, 64, 64), 32).parameters()) < 4e6
+
+
+@pytest.fixture
+def waves(sample):
+    "Latents (n, 1, 16) of the sample that hold the dot's position."
+    g = torch.Generator().manual_seed(0)
+    states = torch.from_numpy(np.array(sample.states))[:, :2]
+    return torch.cos(states @ torch.randn(2, 16, generator=g) / 10)[:, None].numpy()
+
+
+def test_the_probe_of_a_dataset_is_that_of_its_training_frames(sample, waves):
+    probe = fit_state_probe(waves, sample, np.arange(6), ProbeSettings(), seed=0)
+    rows = np.arange(sample.starts[6])
+    x, y = readout(torch.from_numpy(waves[rows])), torch.from_numpy(sample.states[rows])
+    assert torch.equal(probe.predict(x), fit_probe(x, y, .03).predict(x))
+    s = ProbeSettings(mlp_steps=4, mlp_hidden=8)
+    recipe = TrainingSettings(steps=4, batch_size=256, learning_rate=2e-3)
+    hidden = fit_state_probe(waves, sample, np.arange(6), s, seed=3, hidden=True)
+    assert torch.equal(hidden.predict(x), fit_mlp_probe(x, y, 8, recipe, seed=3).predict(x))
+    assert not any(p.requires_grad for p in hidden.parameters())
+
+
+@pytest.mark.parametrize("shape, most", [((1, 4), 20_000), ((256, 1024), 128)])
+def test_wide_latents_are_probed_on_fewer_frames(shape, most):
+    asked = []
+    def frame_indices(episodes, at_most):
+        asked.append(at_most)
+        return np.arange(2)
+    dataset = SimpleNamespace(states=np.zeros((3, 2), np.float32), frame_indices=frame_indices)
+    latents = np.broadcast_to(np.float32(1), (3, *shape))
+    fit_state_probe(latents, dataset, np.arange(1), ProbeSettings(), seed=0)
+    assert asked == [most]
+
+
+def test_without_states_there_is_no_probe(sample, waves, monkeypatch):
+    monkeypatch.setattr(sample, "states", None)
+    assert fit_state_probe(waves, sample, np.arange(6), ProbeSettings(), seed=0) is None
+
+
+def test_rows_of_a_probe_are_r2_on_held_out_episodes(sample, waves):
+    probe = fit_state_probe(waves, sample, np.arange(6), ProbeSettings(), seed=0)
+    rows = probe_results(waves, sample, np.arange(6, 8), probe, seed=0, resamples=200, model="jepa")
+    assert [row["metric"] for row in rows] == ["r2 agent x", "r2 agent y", "r2 position"]  # no wall
+    held_out = slice(sample.starts[6], None)
+    true = torch.from_numpy(np.array(sample.states[held_out]))
+    by_hand = probe.r2(readout(torch.from_numpy(waves[held_out])), true)[:2].tolist()
+    assert [row["value"] for row in rows[:2]] == pytest.approx(by_hand, rel=1e-5)
+    assert rows[2]["value"] == pytest.approx(np.mean(by_hand), rel=1e-5)
+    assert all(row["low"] <= row["value"] <= row["high"] and row["n"] == 2 for row in rows)
+    whose = {(row["protocol"], row["kind"], row["model"], row["head"]) for row in rows}
+    assert whose == {("probe", "model", "jepa", "")}
+
+
+def test_rows_of_an_untrained_encoder_are_a_baseline_with_the_same_numbers(sample, waves):
+    probe = fit_state_probe(waves, sample, np.arange(6), ProbeSettings(), seed=0)
+    how = dict(seed=0, resamples=50, metric="mlp r2", model="jepa")
+    own, other = (probe_results(waves, sample, np.arange(6, 8), probe, source=source, **how)
+                  for source in (MODEL, Source("baseline", "untrained")))
+    assert [row["value"] for row in own] == [row["value"] for row in other]
+    assert {(row["kind"], row["head"], row["model"]) for row in other} == {("baseline", "untrained", "jepa")}
+    assert own[0]["metric"] == "mlp r2 agent x"

@@ -1,7 +1,8 @@
-"Reward heads: no encoder call in training, closed forms, the ablation, paths of k steps, floors, and rewards that cannot be predicted."
+"Reward heads: no encoder call in training, closed forms, the ablation, paths, rewards nobody can predict."
 import errno
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,25 +11,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from worldmodels_nb.data.episodes import Episode
-from worldmodels_nb.data.envs import ActionSpec
 from worldmodels_nb.data.datasets import Batch, Windows, open_dataset, sample_dataset
-from worldmodels_nb.data.episodes import DataSpec, EpisodeWriter
-from worldmodels_nb.eval import rewards as module
-from worldmodels_nb.eval.heads import EvaluationError
-from worldmodels_nb.eval.rewards import ConstantReward, LookAheadRewardPredictor, RewardMLP, RewardWindows, path_ahead, predict_dataset, reader, reward_errors, reward_rows, reward_scale
-from worldmodels_nb.eval.rollouts import RolloutErrors, independent_windows, rollout_batches
-from worldmodels_nb.models.base import WorldModel, build_model
-from worldmodels_nb.training.fit import freeze
-from worldmodels_nb.models import encdec, jepa# noqa: F401  (they register themselves)
-from worldmodels_nb.settings import TrainingSettings, make_settings
-from worldmodels_nb.training.parts import train
-from worldmodels_nb.training.fit import fit, load_weights, save_weights
+from worldmodels_nb.data.envs import ActionSpec
+from worldmodels_nb.data.episodes import DataSpec, Episode, EpisodeWriter
 from worldmodels_nb.eval.latents import LatentsError, encode_dataset
+from worldmodels_nb.eval.results import EvaluationError, Source, independent_windows
+from worldmodels_nb.eval.rewards import (
+    LAST_REWARD,
+    MEAN_REWARD,
+    ConstantReward,
+    LookAheadRewardPredictor,
+    RewardMLP,
+    RewardWindows,
+    path_ahead,
+    predict_dataset,
+    reward_errors,
+    reward_horizons,
+    reward_mlp_net,
+    reward_results,
+    reward_rows,
+    reward_scale,
+)
+from worldmodels_nb.eval.rollouts import RolloutErrors, rollout_batches
+from worldmodels_nb.models import encdec, jepa  # noqa: F401  (they register themselves)
+from worldmodels_nb.models.base import WorldModel, build_model
+from worldmodels_nb.settings import EvaluationSettings, TrainingSettings, make_settings
+from worldmodels_nb.training.fit import fit, freeze, load_weights, save_weights
+from worldmodels_nb.training.parts import train
 
+LARP, REWARD_MLP = Source("model", "larp"), Source("model", "reward_mlp")
 CONTINUOUS, DISCRETE = ActionSpec("continuous", 2, [-1, -1], [1, 1]), ActionSpec("discrete", 3, None, None)
+KINDS = (RewardMLP, LookAheadRewardPredictor)
 PLAIN = dict(hidden=(32,), dropout=0.)
 LENGTHS = [6, 1, 9, 4] + [8] * 8
+SIZES = {"encoder.patch": {"channels": 4}, "model": {"latent_dim": 8},
+         "decoder": {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8}}
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +59,16 @@ def one_thread():
 
 def moves_of(actions):
     "Each action as a step in the plane."
-    return actions if actions.ndim and actions.dtype.kind == "f" else np.array([[1., 0], [0, 1], [-1, -1]], np.float32)[actions]
+    if actions.ndim and actions.dtype.kind == "f": return actions
+    return np.array([[1., 0], [0, 1], [-1, -1]], np.float32)[actions]
 
 
 class Drift(WorldModel):
     "Latent = state = a place in the plane, in one token; every action is added to it, times `gain`."
     def __init__(self, gain=1.):
         nn.Module.__init__(self)
-        self.gain, self.frame_stack, self.latent_shape, self.calls = nn.Parameter(torch.tensor(gain), requires_grad=False), 1, (1, 2), 0
+        self.gain = nn.Parameter(torch.tensor(gain), requires_grad=False)
+        self.frame_stack, self.latent_shape, self.calls = 1, (1, 2), 0
 
     def encode(self, frames): raise AssertionError("nothing is to be encoded")
 
@@ -61,24 +80,30 @@ class Drift(WorldModel):
 
 
 def write(folder, action=CONTINUOUS, pay=None, seed=0, dtype=np.float32):
-    "Walks of `LENGTHS` steps; `pay(state, move, next state)` gives the rewards, the first number of the next state if it is None."
+    "Walks of `LENGTHS` steps, paid by `pay(state, move, next state)`, or by the next state's first number."
     rng, spec = np.random.default_rng(seed), DataSpec((1, 4, 4), action, ["x", "y"], [0, 1])
     with EpisodeWriter(folder, spec, {"seed": seed, "kind": action.kind}) as writer:
         for L in LENGTHS:
-            a = rng.uniform(-1, 1, (L, 2)).astype(np.float32) if action.kind == "continuous" else rng.integers(0, 3, L)
+            if action.kind == "continuous": a = rng.uniform(-1, 1, (L, 2)).astype(np.float32)
+            else: a = rng.integers(0, 3, L)
             s = np.concatenate([rng.normal(size=(1, 2)), moves_of(a)]).cumsum(0).astype(dtype)
             r = s[1:, 0] if pay is None else pay(s[:-1], moves_of(a), s[1:])
-            writer.add(Episode(rng.integers(0, 256, (L + 1, 1, 4, 4), np.uint8), a, np.asarray(r, np.float32), False, s))
+            frames = rng.integers(0, 256, (L + 1, 1, 4, 4), np.uint8)
+            writer.add(Episode(frames, a, np.asarray(r, np.float32), False, s))
     return open_dataset(folder)
 
 
 @pytest.fixture(scope="module", params=["continuous", "discrete"])
-def data(request, tmp_path_factory): return write(tmp_path_factory.mktemp("rewards") / "set", CONTINUOUS if request.param == "continuous" else DISCRETE)
+def data(request, tmp_path_factory):
+    kind = CONTINUOUS if request.param == "continuous" else DISCRETE
+    return write(tmp_path_factory.mktemp("rewards") / "set", kind)
 
 
 def learn(head, windows, steps=250, lr=1e-2, size=64):
     torch.manual_seed(0)
-    return fit(head.fit_normalization(windows), lambda step: windows.sample(size, 0, step), TrainingSettings(steps=steps, batch_size=size, learning_rate=lr, weight_decay=0.)).model.eval()
+    recipe = TrainingSettings(steps=steps, batch_size=size, learning_rate=lr, weight_decay=0.)
+    head = head.fit_normalization(windows)
+    return fit(head, lambda step: windows.sample(size, 0, step), recipe).model.eval()
 
 
 def everything(windows): return windows.batch(np.arange(len(windows)))
@@ -100,25 +125,26 @@ class Unread:
 @pytest.mark.parametrize("name", ["jepa", "encdec"])
 def test_training_heads_calls_no_encoder_runs_no_model_and_reads_no_frame(name, tmp_path):
     data = sample_dataset()
-    sizes = {"patch": {"channels": 4}, "model": {"latent_dim": 8}, "decoder": {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8}}
-    model, encoded, ran = freeze(build_model(name, make_settings(sizes), data.spec)), [], []
+    model, encoded, ran = freeze(build_model(name, make_settings(SIZES), data.spec)), [], []
     model.encoder.register_forward_hook(lambda *_: encoded.append(1))
     for part in model.modules(): part.register_forward_hook(lambda *_: ran.append(1))
     latents = encode_dataset(model, data, tmp_path, progress=False)
     assert len(encoded) == 1
     paths = predict_dataset(model, data, latents, tmp_path, progress=False)
-    data.frames, recipe = Unread(len(latents)), TrainingSettings(steps=6, batch_size=8, validate_every=3, checkpoint_every=6)
-    encoded.clear(); ran.clear()
-    for kind in (RewardMLP, LookAheadRewardPredictor):
-        windows = [RewardWindows(data, episodes, latents, paths) for episodes in (np.arange(6), np.arange(6, 8))]
+    data.frames = Unread(len(latents))
+    recipe = TrainingSettings(steps=6, batch_size=8, validate_every=3, checkpoint_every=6)
+    encoded.clear()
+    ran.clear()
+    for kind in KINDS:
+        windows = [RewardWindows(data, part, latents, paths) for part in (np.arange(6), np.arange(6, 8))]
         head = kind(model.latent_shape, data.spec.action, hidden=(8,)).fit_normalization(windows[0])
         assert train(head, *windows, recipe, tmp_path / kind.__name__, progress=False)["steps"] == 6
     assert (len(encoded), len(ran)) == (0, 0)
 
 
-def test_a_pixel_models_predictions_encode_each_painted_frame_once(tmp_path):
+def test_a_pixel_models_predictions_encode_each_decoded_frame_once(tmp_path):
     data, seen = sample_dataset(), []
-    model = freeze(build_model("encdec", make_settings({"patch": {"channels": 4}, "model": {"latent_dim": 8}, "decoder": {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8}}), data.spec))
+    model = freeze(build_model("encdec", make_settings(SIZES), data.spec))
     latents = encode_dataset(model, data, tmp_path, progress=False)
     model.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     for _ in range(2): predict_dataset(model, data, latents, tmp_path, steps=3, progress=False)
@@ -129,7 +155,8 @@ def test_a_pixel_models_predictions_encode_each_painted_frame_once(tmp_path):
 def test_paths_equal_those_made_one_by_one_and_end_with_their_episode(data, steps, tmp_path):
     latents, model = data.states[:, None].astype(np.float32), Drift(.5)
     paths = predict_dataset(model, data, latents, tmp_path, steps, batch=7, progress=False)
-    assert paths.shape == (len(latents), steps, 1, 2) and paths.dtype == np.float32 and not paths.flags.writeable
+    assert paths.shape == (len(latents), steps, 1, 2) and paths.dtype == np.float32
+    assert not paths.flags.writeable
     for start, L in zip(data.starts, data.lengths):
         for t in range(L + 1):
             place = data.states[start + t].copy()
@@ -144,51 +171,66 @@ def test_paths_are_made_once_for_each_model_length_and_type(data, tmp_path):
     latents, model = data.states[:, None].astype(np.float32), Drift(.5)
     first, calls = predict_dataset(model, data, latents, tmp_path, progress=False), model.calls
     again = predict_dataset(model, data, latents, tmp_path, progress=False)
-    assert isinstance(again, np.memmap) and model.calls == calls and np.array_equal(first, again, equal_nan=True)
+    assert isinstance(again, np.memmap) and model.calls == calls
+    assert np.array_equal(first, again, equal_nan=True)
     predict_dataset(Drift(.7), data, latents, tmp_path, progress=False)
     one = predict_dataset(model, data, latents, tmp_path, steps=1, progress=False)
     half = predict_dataset(model, data, latents.astype(np.float16), tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.npy"))) == 4
-    assert np.array_equal(one, first[:, :1], equal_nan=True) and half.dtype == np.float16 and np.allclose(half, first, atol=2e-2, equal_nan=True)
+    assert np.array_equal(one, first[:, :1], equal_nan=True)
+    assert half.dtype == np.float16 and np.allclose(half, first, atol=2e-2, equal_nan=True)
 
 
 def test_half_a_cache_is_never_left_and_a_broken_one_is_made_again(data, tmp_path, monkeypatch):
     latents, model = data.states[:, None].astype(np.float32), Drift()
-    with pytest.raises(EvaluationError, match="not finite"): predict_dataset(Drift(math.nan), data, latents, tmp_path, progress=False)
+    with pytest.raises(EvaluationError, match="not finite"):
+        predict_dataset(Drift(math.nan), data, latents, tmp_path, progress=False)
     assert os.listdir(tmp_path) == []
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(module.os, "replace", full)
-    with pytest.raises(LatentsError, match="No space left"): predict_dataset(model, data, latents, tmp_path, progress=False)
+    for rename in ("replace", "rename"): monkeypatch.setattr(os, rename, full)
+    with pytest.raises(LatentsError, match="No space left"):
+        predict_dataset(model, data, latents, tmp_path, progress=False)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == []
     whole = np.array(predict_dataset(model, data, latents, tmp_path, progress=False))
     path = next(tmp_path.glob("*.npy"))
     path.write_bytes(path.read_bytes()[:200])
-    assert np.array_equal(predict_dataset(model, data, latents, tmp_path, progress=False), whole, equal_nan=True)
+    again = predict_dataset(model, data, latents, tmp_path, progress=False)
+    assert np.array_equal(again, whole, equal_nan=True)
 
 
 def test_steps_are_those_of_plain_windows_and_never_cross_an_end(data):
     latents = data.states[:, None].astype(np.float32)
-    episodes, marked = np.array([0, 2, 3]), -np.arange(len(latents), dtype=np.float32)[:, None, None, None].repeat(2, 3)
+    episodes = np.array([0, 2, 3])
+    marked = -np.arange(len(latents), dtype=np.float32)[:, None, None, None].repeat(2, 3)
     steps, plain = RewardWindows(data, episodes, latents), Windows(data, episodes, 1, latents=latents)
     ours, theirs = everything(steps), everything(plain)
     assert len(steps) == sum(LENGTHS[e] for e in episodes)
-    for name in ("latents", "actions", "rewards", "terminated"): assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    told = everything(RewardWindows(data, episodes, latents, marked)).latents
-    assert torch.equal(told[:, 0], ours.latents[:, 0]) and torch.equal(told[:, 1, 0, 0], -torch.from_numpy(steps.begin).float())
+    for name in ("latents", "actions", "rewards", "terminated"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    shown = everything(RewardWindows(data, episodes, latents, marked)).latents
+    assert torch.equal(shown[:, 0], ours.latents[:, 0])
+    assert torch.equal(shown[:, 1, 0, 0], -torch.from_numpy(steps.begin).float())
     for wrong in (marked[:-1], marked[..., :1], marked[:, 0]):
-        with pytest.raises(EvaluationError, match="predict this dataset anew"): RewardWindows(data, episodes, latents, wrong)
+        with pytest.raises(EvaluationError, match="predict this dataset anew"):
+            RewardWindows(data, episodes, latents, wrong)
 
 
 def test_longer_paths_stay_in_their_episode(data, tmp_path):
     latents, episodes = data.states[:, None].astype(np.float32), np.array([0, 1, 2, 3])
-    windows = RewardWindows(data, episodes, latents, predict_dataset(Drift(), data, latents, tmp_path, steps=3, progress=False))
+    ahead = predict_dataset(Drift(), data, latents, tmp_path, steps=3, progress=False)
+    windows = RewardWindows(data, episodes, latents, ahead)
     assert len(windows) == sum(max(LENGTHS[e] - 2, 0) for e in episodes)
     ours, theirs = everything(windows), everything(Windows(data, episodes, 3, latents=latents))
-    assert ours.latents.shape == (len(windows), 4, 1, 2) and torch.allclose(ours.latents, theirs.latents, atol=1e-5)        # a perfect model
-    for name in ("actions", "rewards", "terminated"): assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert ours.latents.shape == (len(windows), 4, 1, 2)
+    assert torch.allclose(ours.latents, theirs.latents, atol=1e-5)         # a perfect model
+    for name in ("actions", "rewards", "terminated"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
     head = RewardMLP((1, 2), data.spec.action, **PLAIN).fit_normalization(windows)
-    losses = [head.loss(Batch(None, ours.actions[:, k:k + 1], ours.rewards[:, k:k + 1], None, latents=ours.latents[:, k:k + 2])).total for k in range(3)]
+    def step(k):
+        one = slice(k, k + 1)
+        return Batch(None, ours.actions[:, one], ours.rewards[:, one], None, latents=ours.latents[:, k:k + 2])
+    losses = [head.loss(step(k)).total for k in range(3)]
     assert torch.allclose(head.loss(ours).total, torch.stack(losses).mean())
 
 
@@ -197,9 +239,11 @@ def test_without_a_hidden_layer_the_head_is_least_squares(data, monkeypatch):
     windows = RewardWindows(data, np.arange(len(LENGTHS)), latents)
     noisy = np.asarray(data.rewards) + np.random.default_rng(1).normal(size=len(latents)).astype(np.float32)
     monkeypatch.setattr(data, "rewards", noisy)
-    head, batch = RewardMLP((1, 2), data.spec.action, hidden=()).fit_normalization(windows), everything(windows)
+    head = RewardMLP((1, 2), data.spec.action, hidden=()).fit_normalization(windows)
+    batch = everything(windows)
     fit(head, lambda step: batch, TrainingSettings(steps=300, learning_rate=.05, weight_decay=0.))
-    act = batch.actions[:, 0] if batch.actions.ndim == 3 else nn.functional.one_hot(batch.actions[:, 0], 3).float()
+    act = batch.actions[:, 0]
+    if act.ndim == 1: act = nn.functional.one_hot(act, 3).float()
     design = torch.cat([batch.latents[:, 0, 0], act, torch.ones(len(act), 1)], 1).double()
     target = torch.from_numpy(noisy[windows.begin]).double()
     by_hand = design @ torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution
@@ -210,27 +254,32 @@ def test_without_a_hidden_layer_the_head_is_least_squares(data, monkeypatch):
 def test_the_ablation_learns_nothing_of_a_reward_that_the_action_makes(action, tmp_path):
     data = write(tmp_path / "set", action, lambda s, move, after: np.abs(move).sum(1) * move[:, 0])
     windows = RewardWindows(data, np.arange(len(LENGTHS)), data.states[:, None])
-    with_action, without = (learn(RewardMLP((1, 2), action, use_action=use, hidden=(16,), dropout=0.), windows, 200) for use in (True, False))
-    assert ratio(with_action, windows) < .05 and ratio(without, windows) > .7       # even on the steps it was trained on
-    batch = everything(windows)
-    other = batch.actions.flip(0)
-    assert torch.equal(without(batch.latents, batch.actions), without(batch.latents, other)) and not torch.equal(with_action(batch.latents, batch.actions), with_action(batch.latents, other))
+    def head(use): return RewardMLP((1, 2), action, use_action=use, hidden=(16,), dropout=0.)
+    with_action, without = (learn(head(use), windows, 200) for use in (True, False))
+    assert ratio(with_action, windows) < .05 and ratio(without, windows) > .7  # even on what it learnt from
+    z, actions = everything(windows).latents, everything(windows).actions
+    assert torch.equal(without(z, actions), without(z, actions.flip(0)))
+    assert not torch.equal(with_action(z, actions), with_action(z, actions.flip(0)))
 
 
 @pytest.mark.parametrize("size", [1., .02])
 def test_looking_ahead_sees_what_only_the_next_latent_says_however_small_the_change(size, tmp_path):
     data = write(tmp_path / "set", CONTINUOUS)
-    latents, hidden = data.states[:, None], np.random.default_rng(5).normal(size=(len(data.states), 1, 2)).astype(np.float32)
-    data.rewards = hidden[:, 0, 0]                                          # the reward is in the prediction and nowhere else
-    windows = RewardWindows(data, np.arange(len(LENGTHS)), latents, (latents + np.float32(size) * hidden)[:, None])
+    latents = data.states[:, None]
+    hidden = np.random.default_rng(5).normal(size=(len(data.states), 1, 2)).astype(np.float32)
+    data.rewards = hidden[:, 0, 0]                  # the reward is in the prediction and nowhere else
+    ahead = (latents + np.float32(size) * hidden)[:, None]
+    windows = RewardWindows(data, np.arange(len(LENGTHS)), latents, ahead)
     assert ratio(learn(LookAheadRewardPredictor((1, 2), CONTINUOUS, **PLAIN), windows), windows) < .05
-    assert ratio(learn(RewardMLP((1, 2), CONTINUOUS, hidden=(8,), dropout=0.), windows, 100), windows) > .5
+    blind = RewardMLP((1, 2), CONTINUOUS, hidden=(8,), dropout=0.)
+    assert ratio(learn(blind, windows, 100), windows) > .5
 
 
 def test_the_reward_mlp_never_looks_at_the_latent_a_step_leads_to(data):
     latents = data.states[:, None].astype(np.float32)
-    windows, batch = RewardWindows(data, np.arange(4), latents), everything(RewardWindows(data, np.arange(4), latents))
-    head, larp = (kind((1, 2), data.spec.action, **PLAIN).fit_normalization(windows).eval() for kind in (RewardMLP, LookAheadRewardPredictor))
+    windows = RewardWindows(data, np.arange(4), latents)
+    batch = everything(windows)
+    head, larp = (kind((1, 2), data.spec.action, **PLAIN).fit_normalization(windows).eval() for kind in KINDS)
     other = torch.stack([batch.latents[:, 0], batch.latents[:, 1] + 5], 1)
     assert torch.equal(head(other, batch.actions), head(batch.latents, batch.actions))
     assert not torch.allclose(larp(other, batch.actions), larp(batch.latents, batch.actions))
@@ -239,37 +288,44 @@ def test_the_reward_mlp_never_looks_at_the_latent_a_step_leads_to(data):
 def test_saying_the_mean_costs_one_and_answers_are_in_units_of_reward(data):
     windows = RewardWindows(data, np.arange(len(LENGTHS)), data.states[:, None])
     head = RewardMLP((1, 2), data.spec.action, **PLAIN).fit_normalization(windows)
-    nn.init.zeros_(head.read[-1].weight); nn.init.zeros_(head.read[-1].bias)
+    nn.init.zeros_(head.read[-1].weight)
+    nn.init.zeros_(head.read[-1].bias)
     rewards = torch.from_numpy(np.asarray(data.rewards)[windows.begin]).double()
     assert ratio(head, windows) == pytest.approx(1, abs=1e-5)
     batch = everything(windows)
-    assert torch.allclose(head(batch.latents, batch.actions), rewards.mean().float().expand(len(rewards), 1))
+    def constant(value): return value.float().expand(len(rewards), 1)
+    assert torch.allclose(head(batch.latents, batch.actions), constant(rewards.mean()))
     nn.init.ones_(head.read[-1].bias)
-    assert torch.allclose(head(batch.latents, batch.actions), (rewards.mean() + rewards.std(correction=0)).float().expand(len(rewards), 1))
+    one_up = rewards.mean() + rewards.std(correction=0)
+    assert torch.allclose(head(batch.latents, batch.actions), constant(one_up))
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(-50, 50), st.floats(1e-3, 1e3), st.booleans())
 def test_scales_of_latents_and_rewards_do_not_matter(unit, shift, scale, ahead):
-    from types import SimpleNamespace
     g = np.random.default_rng(0)
     z, r = g.normal(size=(40, 1, 3)).astype(np.float32), g.normal(size=40).astype(np.float32)
-    def calibrated(z, r):
-        data = SimpleNamespace(frames=z, starts=np.array([0]), lengths=np.array([39]), actions=g.normal(size=(40, 2)).astype(np.float32) * 0, rewards=r, terminated=r > 9)
+    def answer(z, r):
+        actions = g.normal(size=(40, 2)).astype(np.float32) * 0
+        data = SimpleNamespace(frames=z, starts=np.array([0]), lengths=np.array([39]), actions=actions,
+                               rewards=r, terminated=r > 9)
         torch.manual_seed(0)
         windows = RewardWindows(data, np.array([0]), z)
-        head = (LookAheadRewardPredictor if ahead else RewardMLP)((1, 3), CONTINUOUS, **PLAIN).fit_normalization(windows).eval()
+        head = KINDS[ahead]((1, 3), CONTINUOUS, **PLAIN).fit_normalization(windows).eval()
         return head(everything(windows).latents, everything(windows).actions).detach()
-    plain, other = calibrated(z, r), calibrated(scale * z + scale * shift, unit * r + unit * shift)
+    plain, other = answer(z, r), answer(scale * z + scale * shift, unit * r + unit * shift)
     assert torch.allclose(unit * plain + unit * shift, other, rtol=1e-3, atol=2e-2 * unit)
 
 
 def test_a_coordinate_that_does_not_vary_is_never_looked_at(data):
-    latents = np.concatenate([data.states[:, None], np.full((len(data.states), 1, 1), .7)], 2).astype(np.float32)
+    still = np.full((len(data.states), 1, 1), .7)
+    latents = np.concatenate([data.states[:, None], still], 2).astype(np.float32)
     windows = RewardWindows(data, np.arange(4), latents)
-    for kind in (RewardMLP, LookAheadRewardPredictor):
-        head, batch = kind((1, 3), data.spec.action, **PLAIN).fit_normalization(windows).eval(), everything(windows)
-        elsewhere = batch.latents.clone(); elsewhere[..., 2] = 1e6 * torch.arange(len(elsewhere))[:, None, None]
+    for kind in KINDS:
+        head = kind((1, 3), data.spec.action, **PLAIN).fit_normalization(windows).eval()
+        batch = everything(windows)
+        elsewhere = batch.latents.clone()
+        elsewhere[..., 2] = 1e6 * torch.arange(len(elsewhere))[:, None, None]
         assert torch.equal(head(elsewhere, batch.actions), head(batch.latents, batch.actions))
 
 
@@ -277,44 +333,51 @@ def test_a_coordinate_that_does_not_vary_is_never_looked_at(data):
 def test_a_constant_reward_is_refused_in_one_sentence(value, tmp_path):
     data = write(tmp_path / "set", pay=lambda s, move, after: np.full(len(s), value))
     windows = RewardWindows(data, np.arange(4), data.states[:, None])
-    for kind in (RewardMLP, LookAheadRewardPredictor):
-        with pytest.raises(ConstantReward, match=r"earn .*standard deviation 0.*leave reward heads out"): kind((1, 2), CONTINUOUS).fit_normalization(windows)
+    for kind in KINDS:
+        with pytest.raises(ConstantReward, match=r"earn .*standard deviation 0.*leave reward heads out"):
+            kind((1, 2), CONTINUOUS).fit_normalization(windows)
     assert issubclass(ConstantReward, EvaluationError)
 
 
 def test_a_rare_reward_is_not_a_constant_one_and_only_training_steps_count(tmp_path):
     data = write(tmp_path / "set", pay=lambda s, move, after: np.zeros(len(s)))
-    rare = np.zeros(len(data.rewards), np.float32); rare[data.starts[2] + 3] = 1
+    rare = np.zeros(len(data.rewards), np.float32)
+    rare[data.starts[2] + 3] = 1
     data.rewards = rare
     n = sum(LENGTHS)
     mean, std = reward_scale(RewardWindows(data, np.arange(len(LENGTHS)), data.states[:, None]))
     assert mean == pytest.approx(1 / n) and std == pytest.approx(math.sqrt((1 - 1 / n) / n))
-    last = np.zeros(len(rare), np.float32); last[data.starts[0] + LENGTHS[0] - 1] = 1     # paid for the last step of an episode, which begins no path of two
+    last = np.zeros(len(rare), np.float32)
+    last[data.starts[0] + LENGTHS[0] - 1] = 1           # an episode's last step, which begins no path of two
     data.rewards = last
     two = reward_scale(Windows(data, np.array([0]), 2))
     assert two == reward_scale(Windows(data, np.array([0]), 1)) == pytest.approx((1 / 6, math.sqrt(5) / 6))
     data.rewards = rare
-    with pytest.raises(ConstantReward): reward_scale(RewardWindows(data, np.array([0, 1, 3]), data.states[:, None]))
+    def scale(episodes): return reward_scale(RewardWindows(data, np.array(episodes), data.states[:, None]))
+    with pytest.raises(ConstantReward): scale([0, 1, 3])
     rare[data.starts[2] + 3] = np.nan
-    with pytest.raises(EvaluationError, match="not finite"): reward_scale(RewardWindows(data, np.arange(4), data.states[:, None]))
+    with pytest.raises(EvaluationError, match="not finite"): scale([0, 1, 2, 3])
 
 
 def test_latents_that_are_not_finite_are_refused(data):
-    latents = data.states[:, None].astype(np.float32).copy(); latents[3] = np.inf
-    with pytest.raises(EvaluationError, match="not finite"): RewardMLP((1, 2), data.spec.action).fit_normalization(RewardWindows(data, np.arange(4), latents))
+    latents = data.states[:, None].astype(np.float32).copy()
+    latents[3] = np.inf
+    head, windows = RewardMLP((1, 2), data.spec.action), RewardWindows(data, np.arange(4), latents)
+    with pytest.raises(EvaluationError, match="not finite"): head.fit_normalization(windows)
 
 
 def test_batch_norm_stands_before_each_activation_and_refuses_a_batch_of_one(data):
-    kinds = [type(layer).__name__ for layer in reader([4, 8, 8, 1], "tanh", batch_norm=True, dropout=.1)]
+    kinds = [type(layer).__name__ for layer in reward_mlp_net([4, 8, 8, 1], "tanh", True, .1)]
     assert kinds == ["Linear", "BatchNorm1d", "Tanh", "Dropout"] * 2 + ["Linear"]
     windows = RewardWindows(data, np.arange(4), data.states[:, None])
     head = RewardMLP((1, 2), data.spec.action, hidden=(8,), batch_norm=True).fit_normalization(windows)
     with pytest.raises(EvaluationError, match="at least two"): head.loss(windows.batch(np.array([0])))
-    assert head.loss(windows.batch(np.array([0, 1]))).total.isfinite() and head.eval().loss(windows.batch(np.array([0]))).total.isfinite()
+    assert head.loss(windows.batch(np.array([0, 1]))).total.isfinite()
+    assert head.eval().loss(windows.batch(np.array([0]))).total.isfinite()
 
 
 @pytest.mark.parametrize("how", [dict(), dict(batch_norm=True), dict(activation="silu", dropout=0.)])
-@pytest.mark.parametrize("kind", [RewardMLP, LookAheadRewardPredictor])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_head_answers_the_same(kind, how, data, tmp_path):
     windows = RewardWindows(data, np.arange(4), data.states[:, None])
     head = learn(kind((1, 2), data.spec.action, hidden=(8, 8), **how), windows, steps=5)
@@ -335,54 +398,70 @@ def heads_of(data, gain=1.):
     states = data.states[:, None].astype(np.float32)
     predicted = (states + gain * moves_of(np.asarray(data.actions))[:, None])[:, None]
     built = {}
-    for name, kind, after in (("reward_mlp", RewardMLP, predicted), ("larp", LookAheadRewardPredictor, predicted), ("oracle", RewardMLP, None), ("oracle-ahead", LookAheadRewardPredictor, None)):
-        torch.manual_seed(1)
-        built[name] = kind((1, 2), data.spec.action, **PLAIN).fit_normalization(RewardWindows(data, np.arange(8), states, after)).eval()
-    return {n: built[n] for n in ("reward_mlp", "larp")}, {n: built[n] for n in ("oracle", "oracle-ahead")}
+    for names, after in ((("reward_mlp", "larp"), predicted), (("oracle", "oracle_ahead"), None)):
+        for name, kind in zip(names, KINDS):
+            torch.manual_seed(1)
+            windows = RewardWindows(data, np.arange(8), states, after)
+            built[name] = kind((1, 2), data.spec.action, **PLAIN).fit_normalization(windows).eval()
+    return {n: built[n] for n in ("reward_mlp", "larp")}, {n: built[n] for n in ("oracle", "oracle_ahead")}
+
+
+def own(name): return Source("model", name)
+
+
+def oracle(name): return Source("reference", name, False)
 
 
 def test_rewards_along_a_path_by_hand(data):
     model, (heads, oracles), (batches, _) = Drift(.8), heads_of(data, .8), paths(data)
     mse = reward_errors(model, heads, batches, [1, 3, 4], oracles).values["mse"]
     row, batch = 0, batches[0]
-    z = batch.latents[row, 1]                                              # the second latent of the window is the present
+    z = batch.latents[row, 1]                       # the second latent of the window is the present
     for k in range(1, 5):
         action = batch.actions[row:row + 1, k:k + 1]
         ahead = Drift(.8).rollout(z[None, None], action[:, :0], action)[0, 0]
         pair, truth = torch.stack([z, ahead])[None], batch.rewards[row, k]
         states = batch.states[row:row + 1, k:k + 2, None]
         if k in (1, 3, 4):
-            column = [1, 3, 4].index(k)
-            for name, head in heads.items(): assert mse[name][row, column] == pytest.approx((head(pair, action)[0, 0] - truth).square().item(), rel=1e-3, abs=1e-6)
-            for name, head in oracles.items(): assert mse[f"floor:{name}"][row, column] == pytest.approx((head(states, action)[0, 0] - truth).square().item(), rel=1e-3, abs=1e-6)
-            assert mse["floor:last-reward"][row, column] == pytest.approx((batch.rewards[row, 0] - truth).square().item(), rel=1e-4, abs=1e-7)
-            assert mse["floor:mean-reward"][row, column] == pytest.approx((heads["reward_mlp"].centre - truth).square().item(), rel=1e-4, abs=1e-7)
+            found = {source: error[row, [1, 3, 4].index(k)] for source, error in mse.items()}
+            def off(said, truth=truth): return (said - truth).square().item()
+            for name, head in heads.items():
+                assert found[own(name)] == pytest.approx(off(head(pair, action)[0, 0]), rel=1e-3, abs=1e-6)
+            for name, head in oracles.items():
+                said = head(states, action)[0, 0]
+                assert found[oracle(name)] == pytest.approx(off(said), rel=1e-3, abs=1e-6)
+            assert found[LAST_REWARD] == pytest.approx(off(batch.rewards[row, 0]), rel=1e-4, abs=1e-7)
+            assert found[MEAN_REWARD] == pytest.approx(off(heads["reward_mlp"].centre), rel=1e-4, abs=1e-7)
         z = ahead
 
 
 def test_with_a_perfect_model_heads_are_oracles_at_every_horizon(data):
     heads, oracles = heads_of(data)
     mse = reward_errors(Drift(), heads, paths(data)[0], [1, 2, 3, 4], oracles).values["mse"]
-    for name, oracle in (("reward_mlp", "floor:oracle"), ("larp", "floor:oracle-ahead")): assert torch.allclose(mse[name], mse[oracle], rtol=1e-2, atol=1e-4)
+    for name, like in (("reward_mlp", "oracle"), ("larp", "oracle_ahead")):
+        assert torch.allclose(mse[own(name)], mse[oracle(like)], rtol=1e-2, atol=1e-4)
     wrong = reward_errors(Drift(-1.), heads, paths(data)[0], [1, 4], oracles).values["mse"]
-    assert torch.allclose(wrong["reward_mlp"][:, 0], mse["reward_mlp"][:, 0]) and not torch.allclose(wrong["larp"][:, 0], mse["larp"][:, 0])   # the first step needs no model
-    assert not torch.allclose(wrong["reward_mlp"][:, 1], mse["reward_mlp"][:, 3])
+    assert torch.allclose(wrong[REWARD_MLP][:, 0], mse[REWARD_MLP][:, 0])  # the first step needs no model
+    assert not torch.allclose(wrong[LARP][:, 0], mse[LARP][:, 0])
+    assert not torch.allclose(wrong[REWARD_MLP][:, 1], mse[REWARD_MLP][:, 3])
 
 
 def test_an_error_does_not_depend_on_how_far_is_asked(data):
     heads, _ = heads_of(data)
-    near, far = (reward_errors(Drift(.5), heads, paths(data)[0], horizons).values["mse"] for horizons in ([1, 2], [4, 2, 1]))
-    for name in near: assert torch.allclose(near[name], far[name][:, [2, 1]], atol=1e-6)
+    def mse(horizons): return reward_errors(Drift(.5), heads, paths(data)[0], horizons).values["mse"]
+    near, far = mse([1, 2]), mse([4, 2, 1])
+    for source in near: assert torch.allclose(near[source], far[source][:, [2, 1]], atol=1e-6)
 
 
 def test_a_path_begins_with_the_present_and_goes_where_the_model_goes():
     z, actions = torch.randn(4, 1, 2), torch.randn(4, 3, 2)
     path = path_ahead(Drift(), z, actions)
-    assert path.shape == (4, 4, 1, 2) and torch.equal(path[:, 0], z) and torch.allclose(path[:, 3, 0], z[:, 0] + actions.sum(1), atol=1e-6)
+    assert path.shape == (4, 4, 1, 2) and torch.equal(path[:, 0], z)
+    assert torch.allclose(path[:, 3, 0], z[:, 0] + actions.sum(1), atol=1e-6)
 
 
 class Accent(Drift):
-    "Knows every move. All it says is shifted, always alike, and it understands its own words by their third number."
+    "Knows every move. All it says is shifted, always alike; it knows its own words by their third number."
     def rollout(self, z, past_actions, actions):
         shift = torch.tensor([3., 0, 4])
         plain = super().rollout((z - (z[..., 2:] > 2) * shift)[..., :2], past_actions, actions)
@@ -395,11 +474,13 @@ def test_heads_trained_on_paths_of_two_understand_predictions_of_predictions(tmp
     windows = Windows(data, np.arange(len(LENGTHS)), 5, latents=latents)
     heads = {}
     for P in (1, 2):
-        steps = RewardWindows(data, np.arange(len(LENGTHS)), latents, predict_dataset(Accent(), data, latents, tmp_path, P, progress=False))
-        heads[f"paths of {P}"] = learn(LookAheadRewardPredictor((1, 3), CONTINUOUS, use_action=False, **PLAIN), steps)
-    mse = {who: error.mean(0) for who, error in reward_errors(Accent(), heads, [everything(windows)], [1, 2, 4]).values["mse"].items()}
-    assert mse["paths of 1"][0] < .1 * mse["floor:mean-reward"][0] and mse["paths of 1"][1:].min() > mse["floor:mean-reward"].max()
-    assert (mse["paths of 2"] < .1 * mse["floor:mean-reward"]).all()
+        ahead = predict_dataset(Accent(), data, latents, tmp_path, P, progress=False)
+        steps = RewardWindows(data, np.arange(len(LENGTHS)), latents, ahead)
+        heads[P] = learn(LookAheadRewardPredictor((1, 3), CONTINUOUS, use_action=False, **PLAIN), steps)
+    errors = reward_errors(Accent(), heads, [everything(windows)], [1, 2, 4]).values["mse"]
+    mean, one, two = (errors[source].mean(0) for source in (MEAN_REWARD, own(1), own(2)))
+    assert one[0] < .1 * mean[0] and one[1:].min() > mean.max()
+    assert (two < .1 * mean).all()
 
 
 def test_byte_states_serve_oracles(data):
@@ -411,36 +492,90 @@ def test_byte_states_serve_oracles(data):
 
 @pytest.mark.parametrize("horizons", [[], [0], [5], [1, 9]])
 def test_horizons_that_do_not_fit_are_refused(horizons, data):
-    heads, _ = heads_of(data)
-    with pytest.raises(EvaluationError, match="evaluation.horizons"): reward_errors(Drift(), heads, paths(data)[0], horizons)
+    heads, (batches, _) = heads_of(data)[0], paths(data)
+    with pytest.raises(EvaluationError, match="evaluation.horizons"):
+        reward_errors(Drift(), heads, batches, horizons)
 
 
 def test_nothing_to_evaluate_is_refused(data):
-    with pytest.raises(EvaluationError, match="evaluation.n_windows"): reward_errors(Drift(), heads_of(data)[0], [], [1])
+    heads, _ = heads_of(data)
+    with pytest.raises(EvaluationError, match="evaluation.n_windows"): reward_errors(Drift(), heads, [], [1])
 
 
-def test_rows_are_tidy_and_ratios_are_paired(data):
+def test_rows_say_whose_they_are_and_ratios_are_paired(data):
     heads, oracles = heads_of(data)
-    blind = RewardMLP((1, 2), data.spec.action, use_action=False, **PLAIN).fit_normalization(RewardWindows(data, np.arange(8), data.states[:, None])).eval()
+    plain = RewardWindows(data, np.arange(8), data.states[:, None])
+    blind = RewardMLP((1, 2), data.spec.action, use_action=False, **PLAIN).fit_normalization(plain).eval()
     batches, episode = paths(data)
-    errors = reward_errors(Drift(.5), heads | {"mlp-blind": blind}, batches, [1, 4], oracles)
-    rows = reward_rows(errors, "Drift-v0", "jepa", seed=3, resamples=200, groups=episode)
-    assert all(list(row) == ["env", "model", "protocol", "metric", "horizon", "seed", "value", "low", "high", "n"] for row in rows)
-    assert {(row["env"], row["protocol"], row["seed"], row["n"]) for row in rows} == {("Drift-v0", "reward", 3, len(episode))}
-    models = ["jepa reward_mlp", "jepa larp", "jepa mlp-blind", "floor:oracle", "floor:oracle-ahead", "floor:mean-reward", "floor:last-reward"]
-    assert list(dict.fromkeys(row["model"] for row in rows)) == models
-    assert len({tuple(list(row.values())[:6]) for row in rows}) == len(rows) == 2 * (2 * 7 + 2)
-    found = {(row["model"], row["metric"], row["horizon"]): row for row in rows}
-    floor = found["floor:mean-reward", "mse_ratio", 4]
-    assert (floor["value"], floor["low"], floor["high"]) == (1, 1, 1)
-    for name in ("larp", "mlp-blind"):
-        row = found[f"jepa {name}", "mse_vs_mlp", 4]
-        assert row["value"] == pytest.approx(errors.values["mse"][name][:, 1].mean().item() / errors.values["mse"]["reward_mlp"][:, 1].mean().item()) and row["low"] <= row["value"] <= row["high"]
-    assert not any(row["metric"] == "mse_vs_mlp" for row in rows if "reward_mlp" in row["model"].split() or row["model"].startswith("floor:"))
+    errors = reward_errors(Drift(.5), heads | {"mlp_blind": blind}, batches, [1, 4], oracles)
+    rows = reward_rows(errors, "jepa", seed=3, resamples=200, groups=episode)
+    assert {(row["protocol"], row["n"]) for row in rows} == {("reward", len(episode))}
+    whose = dict.fromkeys((row["model"], row["kind"], row["head"]) for row in rows)
+    assert list(whose) == [("jepa", "model", "reward_mlp"), ("jepa", "model", "larp"),
+                           ("jepa", "model", "mlp_blind"),
+                           ("", "reference", "oracle"), ("", "reference", "oracle_ahead"),
+                           ("", "baseline", "mean_reward"), ("", "baseline", "last_reward")]
+    assert {row["unit"] for row in rows if row["metric"] == "mse"} == {"reward²"}
+    assert {row["unit"] for row in rows if row["metric"] != "mse"} == {""}
+    found = {(row["head"], row["metric"], row["horizon"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * (2 * 7 + 2)
+    mean = found["mean_reward", "mse_ratio", 4]
+    assert (mean["value"], mean["low"], mean["high"]) == (1, 1, 1)
+    mse = {source: error[:, 1].mean().item() for source, error in errors.values["mse"].items()}
+    for name in ("larp", "mlp_blind"):
+        row = found[name, "mse_vs_mlp", 4]
+        assert row["value"] == pytest.approx(mse[own(name)] / mse[REWARD_MLP])
+        assert row["low"] <= row["value"] <= row["high"]
+    compared = {(row["kind"], row["head"]) for row in rows if row["metric"] == "mse_vs_mlp"}
+    assert compared == {("model", "larp"), ("model", "mlp_blind")}
 
 
-def test_a_floor_without_error_gives_no_ratio_and_no_crash():
+def test_a_baseline_without_error_gives_no_ratio_and_no_crash():
     zero, some = torch.zeros(6, 1).double(), torch.rand(6, 1).double()
-    rows = reward_rows(RolloutErrors([1], {"mse": {"larp": some, "floor:mean-reward": zero}}), "e", "m", resamples=20)
-    found = {(row["model"], row["metric"]): row["value"] for row in rows}
-    assert math.isnan(found["m larp", "mse_ratio"]) and found["floor:mean-reward", "mse"] == 0 and ("m larp", "mse_vs_mlp") not in found
+    rows = reward_rows(RolloutErrors([1], {"mse": {LARP: some, MEAN_REWARD: zero}}), "m", resamples=20)
+    found = {(row["head"], row["metric"]): row["value"] for row in rows}
+    assert math.isnan(found["larp", "mse_ratio"]) and found["mean_reward", "mse"] == 0
+    assert ("larp", "mse_vs_mlp") not in found
+
+
+def test_results_are_the_rows_of_the_chosen_windows(data):
+    heads, oracles = heads_of(data)
+    latents = data.states[:, None].astype(np.float32)
+    windows = Windows(data, np.arange(4, 12), 5, latents=latents, frames=False)
+    s = EvaluationSettings(n_windows=20, bootstrap=50)
+    rows = reward_results(Drift(.5), heads, oracles, windows, [1, 4], "drift", s, seed=2, device="cpu")
+    chosen, episode = independent_windows(windows, 20, 2)
+    errors = reward_errors(Drift(.5), heads, rollout_batches(windows, chosen), [1, 4], oracles)
+    assert rows == reward_rows(errors, "drift", 2, 50, groups=episode)
+    assert {row["head"] for row in rows if row["model"] == "drift"} == {"reward_mlp", "larp"}
+
+
+def test_horizons_leave_a_step_for_the_last_reward_in_two_episodes(data):
+    assert reward_horizons(data, np.arange(4), [1, 4, 5, 6, 8]) == [1, 4, 5]  # the second has six steps
+    assert reward_horizons(data, np.array([1, 3]), [1, 4]) == []
+
+
+def test_paths_of_a_real_model_are_its_rollouts(tmp_path):
+    data, calls = sample_dataset(), []
+    sizes = {"encoder.patch": {"channels": 8}, "model": {"latent_dim": 16}}
+    world = freeze(build_model("jepa", make_settings(sizes), data.spec))
+    world.encoder.register_forward_hook(lambda *_: calls.append(1))
+    encoded = encode_dataset(world, data, tmp_path, progress=False)
+    ahead = predict_dataset(world, data, encoded, tmp_path, progress=False)
+    steps = RewardWindows(data, np.arange(6), encoded, ahead)
+    for kind in KINDS:
+        head = kind(encoded.shape[1:], data.spec.action).fit_normalization(steps)
+        recipe = TrainingSettings(steps=30)
+        assert math.isfinite(fit(head, lambda step: steps.sample(16, 0, step), recipe).losses.total.item())
+    assert len(calls) == 1                                                      # for the cache, and no more
+    left = np.repeat(data.starts + data.lengths, data.lengths + 1) - np.arange(len(ahead))
+    behind = left[:, None] <= np.arange(2)                                      # an episode's end
+    assert np.array_equal(np.isnan(ahead).all((2, 3)), behind)
+    assert np.array_equal(np.isnan(ahead).any((2, 3)), behind)
+    for r in (0, 17, 93):
+        z = torch.from_numpy(encoded[r:r + 1].copy())[None]
+        actions = torch.from_numpy(data.actions[r:r + 2].copy())[None]
+        rolled = world.rollout(z, actions[:, :0], actions)[0, :left[r]].numpy()
+        assert np.allclose(rolled, ahead[r, :left[r]], rtol=0, atol=1e-5)
+    again = predict_dataset(world, data, encoded, tmp_path, progress=False)
+    assert np.array_equal(np.asarray(again)[0], np.asarray(ahead)[0])

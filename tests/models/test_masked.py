@@ -88,7 +88,7 @@ def test_encoder_and_predictor_equal_transformers(theirs, loaded):
     said = theirs(clip, context_mask=[context], target_mask=[targets])
     tokens = loaded.encoder(clip.transpose(1, 2))
     torch.testing.assert_close(tokens, said.last_hidden_state, atol=1e-5, rtol=0)
-    predicted = loaded.predictor(take(tokens, context), context, targets, GRID, kind=1)  # transformers always takes mask token 1
+    predicted = loaded.predictor(gather_tokens(tokens, context), context, targets, GRID, kind=1)  # transformers always takes mask token 1
     torch.testing.assert_close(predicted, said.predictor_output.last_hidden_state, atol=1e-5, rtol=0)
     assert predicted.std() > .1 and tokens.std() > .1
 
@@ -101,7 +101,7 @@ def test_gradients_equal_those_of_transformers(theirs, loaded):
     theirs.zero_grad()
     said = theirs(x, context_mask=[context], target_mask=[targets])
     (said.predictor_output.last_hidden_state - goal).abs().mean().backward()
-    (loaded.predictor(take(loaded.encoder(y.transpose(1, 2)), context), context, targets, GRID, kind=1) - goal).abs().mean().backward()
+    (loaded.predictor(gather_tokens(loaded.encoder(y.transpose(1, 2)), context), context, targets, GRID, kind=1) - goal).abs().mean().backward()
     torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=0)
     wanted = {name: p.grad for name, p in theirs.named_parameters()}
     assert loaded.encoder.patch_embed.proj.weight.grad.shape == wanted["encoder.embeddings.patch_embeddings.proj.weight"].shape
@@ -125,9 +125,9 @@ def test_rotary_attention_equals_that_of_transformers(theirs):
     three = (attention.query, attention.key, attention.value)
     ours.load_state_dict({"qkv.weight": torch.cat([m.weight for m in three]), "qkv.bias": torch.cat([m.bias for m in three]), "proj.weight": attention.proj.weight, "proj.bias": attention.proj.bias})
     x = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(0))
-    wanted, places = attention(x)[0], grid_positions(*GRID)
-    torch.testing.assert_close(ours(x, rotary_tables(places, 24)), wanted, atol=1e-5, rtol=0)
-    assert (ours(x, rotary_tables(places, 24, tiled=False)) - wanted).abs().max() > 1e-2  # the quirk matters
+    wanted, positions = attention(x)[0], grid_positions(*GRID)
+    torch.testing.assert_close(ours(x, rotary_tables(positions, 24)), wanted, atol=1e-5, rtol=0)
+    assert (ours(x, rotary_tables(positions, 24, tiled=False)) - wanted).abs().max() > 1e-2  # the quirk matters
 
 
 def test_a_still_image_equals_transformers_on_one_frame(theirs, loaded):
@@ -139,18 +139,18 @@ def test_a_still_image_equals_transformers_on_one_frame(theirs, loaded):
 
 def hidden_by_attention(encoder, clip, keep):
     "The whole clip through the encoder, hidden tokens present but not looked at."
-    rows, grid = encoder.patch_embed.cut(clip)
+    rows, grid = encoder.patch_embed.patchify(clip)
     seen = torch.zeros(rows.shape[:2], dtype=torch.bool).scatter(1, keep, True)
     x, tables = encoder.patch_embed(rows), rotary_tables(grid_positions(*grid), encoder.head_dim)
     for block in encoder.blocks: x = block(x, tables, mask=seen[:, None, None].expand(-1, 1, x.shape[1], -1))
-    return take(encoder.norm(x), keep)
+    return gather_tokens(encoder.norm(x), keep)
 
 
 def test_dropping_tokens_equals_hiding_them_from_attention():
     encoder = awake(MaskedViT(3, TUBELET, PATCH, 48, 3, 2))
     clip, (keep, _) = torch.randn(2, 3, 4, SIDE, SIDE), two_masks()
     torch.testing.assert_close(encoder(clip, keep), hidden_by_attention(encoder, clip, keep), atol=1e-5, rtol=0)
-    assert (encoder(clip, keep) - take(encoder(clip), keep)).abs().max() > 1e-2  # and is not the same as seeing all
+    assert (encoder(clip, keep) - gather_tokens(encoder(clip), keep)).abs().max() > 1e-2  # and is not the same as seeing all
 
 
 def test_hidden_pixels_have_no_influence_on_the_context():
@@ -171,7 +171,7 @@ def test_hidden_pixels_reach_the_loss_only_through_the_target(predictor):
     awake(model.encoder); awake(model.predictor)
     frames = clips()
     def predictions(frames):
-        rows, grid = model.encoder.patch_embed.cut(model.preprocess(frames))
+        rows, grid = model.encoder.patch_embed.patchify(model.preprocess(frames))
         context, targets = draw_masks(model.settings, 6, grid, torch.Generator().manual_seed(0))[0]
         return model.predictor(model.encoder.encode(rows, grid, context), context, targets, grid, 0), context
     before, context = predictions(frames)
@@ -202,7 +202,7 @@ def test_mask_tokens_begin_at_zero_and_are_cycled_by_kind():
 def test_tubelets_through_one_matrix_equal_the_convolution():
     encoder = MaskedViT(3, TUBELET, PATCH, 48, 1, 2)
     clip = torch.randn(2, 3, 4, SIDE, SIDE)
-    rows, grid = encoder.patch_embed.cut(clip)
+    rows, grid = encoder.patch_embed.patchify(clip)
     assert grid == GRID
     torch.testing.assert_close(encoder.patch_embed(rows), encoder.patch_embed.proj(clip).flatten(2).transpose(1, 2), atol=1e-5, rtol=0)
 
@@ -244,12 +244,12 @@ def test_in_evaluation_the_total_is_the_error_over_that_of_the_best_constant():
     awake(model)
     torch.manual_seed(3); trained = model.loss(batch_of(frames))
     torch.manual_seed(3); judged = model.eval().loss(batch_of(frames))
-    rows, grid = model.target.patch_embed.cut(model.preprocess(frames))
+    rows, grid = model.target.patch_embed.patchify(model.preprocess(frames))
     y = F.layer_norm(model.target.encode(rows, grid), (48,))
     torch.manual_seed(3)
     (context, targets), = draw_masks(model.settings, 6, grid, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
     floor = sum((y[b, n] - y[:, n].sort(0).values[2]).abs().mean().item() for b in range(6) for n in targets[b]) / targets.numel()
-    assert judged.total.item() == pytest.approx(trained.total.item() / floor, rel=1e-4) == pytest.approx(1 - judged.terms["explained"].item(), rel=1e-4)
+    assert judged.total.item() == pytest.approx(trained.total.item() / floor, rel=1e-4) == pytest.approx(1 - judged.terms["skill"].item(), rel=1e-4)
     every = torch.linspace(-3, 3, 601)[:, None]                        # no constant does better than the median
     best = (y[:, 5, 0][None] - every).abs().mean(1).min()
     assert (y[:, 5, 0] - y[:, 5, 0].sort().values[2]).abs().mean() <= best + 1e-3
@@ -375,11 +375,11 @@ def test_door_leaves_no_trace_of_what_never_changes():
 def test_see_is_the_target_encoder_on_each_frame_by_itself():
     model, frames = stage(), clips()
     awake(model.target)
-    z = model.see(frames)
+    z = model.encode_frames(frames)
     assert z.shape == (6, 4, 16, 48)
     for t in range(4): torch.testing.assert_close(z[:, t], model.target.encode_images(model.preprocess(frames)[:, :, t]), atol=1e-5, rtol=0)
     changed = frames.clone(); changed[:, 3] = 0
-    assert torch.equal(model.see(changed)[:, :3], z[:, :3])
+    assert torch.equal(model.encode_frames(changed)[:, :3], z[:, :3])
 
 
 # --- released files -----------------------------------------------------------------------------------------------
@@ -524,14 +524,14 @@ def test_pretrained_weights_take_the_place_of_the_stage(folder, loaded):
     torch.testing.assert_close(model.preprocess(frames), x.transpose(1, 2), atol=1e-5, rtol=0)
     model.fit_normalization(frames.flatten(0, 1))
     torch.testing.assert_close(model.preprocess(frames), x.transpose(1, 2), atol=1e-5, rtol=0)  # calibration does not undo it
-    torch.testing.assert_close(model.see(frames)[:, 2], loaded.target.encode_images(x[:, 2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_frames(frames)[:, 2], loaded.target.encode_images(x[:, 2]), atol=1e-5, rtol=0)
     assert model.error_map(frames).shape == (6, *GRID)
 
 
 def test_pretrained_weights_see_grey_frames_as_grey_colours(folder):
     grey = stage(pretrained=str(folder), channels=1)
     frames = clips(channels=1)
-    assert torch.equal(grey.see(frames), stage(pretrained=str(folder)).see(frames.expand(-1, -1, 3, -1, -1)))
+    assert torch.equal(grey.encode_frames(frames), stage(pretrained=str(folder)).encode_frames(frames.expand(-1, -1, 3, -1, -1)))
 
 
 def test_a_hub_id_is_fetched_and_nothing_else(folder, monkeypatch, tmp_path):
@@ -565,7 +565,7 @@ def test_bad_settings_are_refused_in_one_sentence_before_training(values, words)
 def test_bad_clips_are_refused():
     model = stage()
     with pytest.raises(SettingsError, match="vjepa2.pretrain.tubelet_size.*3 frames"): model.loss(batch_of(clips(frames=3)))
-    with pytest.raises(SettingsError, match="vjepa2.pretrain.patch_size"): model.encoder.patch_embed.cut(torch.zeros(1, 3, 4, 16, 18))
+    with pytest.raises(SettingsError, match="vjepa2.pretrain.patch_size"): model.encoder.patch_embed.patchify(torch.zeros(1, 3, 4, 16, 18))
 
 
 def test_importing_and_building_opens_no_connection():

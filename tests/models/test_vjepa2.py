@@ -132,9 +132,9 @@ def test_time_is_relative_unless_the_table_is_tiled():
     moved = {}
     for tiled in (False, True):
         model = transformer(); model.tiled = tiled
-        here, memory = model.extend(z[:, :2], actions[:, :2])
-        memory.steps += 50; there = model.extend(z[:, 2:], actions[:, 2:], memory=replace(memory))[0]
-        late = model.extend(z[:, :2], actions[:, :2], memory=replace(memory, blocks=memory.last(0).blocks))
+        here, cache = model.forward_cached(z[:, :2], actions[:, :2])
+        cache.steps += 50; there = model.forward_cached(z[:, 2:], actions[:, 2:], cache=replace(cache))[0]
+        late = model.forward_cached(z[:, :2], actions[:, :2], cache=replace(cache, blocks=cache.last(0).blocks))
         moved[tiled] = (late[0] - here).abs().max().item()
         assert there.shape == (BATCH, 2, 6, WIDTH)
     assert moved[False] < 1e-5 and moved[True] > 1e-3
@@ -320,17 +320,17 @@ def test_the_robots_predictor_by_plain_loops():
                 x[axis * p + i] = first * np.cos(angles[0]) - second * np.sin(angles[0])
                 x[axis * p + i + 1] = second * np.cos(angles[1]) + first * np.sin(angles[1])
         return x
-    rows, places = [], []
+    rows, positions = [], []
     for t in range(3):
         rows += [arm.action_encoder(a[0, t]), arm.state_encoder(s[0, t]), *arm.predictor_embed(z[0, t])]
-        places += [(t, 0, 0), (t, 0, 0), *[(t, r, c) for r in range(2) for c in range(3)]]
+        positions += [(t, 0, 0), (t, 0, 0), *[(t, r, c) for r in range(2) for c in range(3)]]
     qkv = [block.attn.qkv(block.norm1(x)).view(3, 3, d) for x in rows]                               # (query/key/value, head, d)
     out = []
     for i, x in enumerate(rows):
         heard = []
         for h in range(3):
-            seen = [j for j in range(len(rows)) if places[j][0] <= places[i][0]]
-            score = torch.stack([turn(qkv[i][0, h], places[i]) @ turn(qkv[j][1, h], places[j]) for j in seen]) / d ** 0.5
+            seen = [j for j in range(len(rows)) if positions[j][0] <= positions[i][0]]
+            score = torch.stack([turn(qkv[i][0, h], positions[i]) @ turn(qkv[j][1, h], positions[j]) for j in seen]) / d ** 0.5
             heard.append(sum(w * qkv[j][2, h] for w, j in zip(score.softmax(0), seen)))
         x = x + block.attn.proj(torch.cat(heard))
         x = x + block.mlp(block.norm2(x))

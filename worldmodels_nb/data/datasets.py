@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from .collect import gather
 from .envs import FrameEnv
-from .episodes import (RECORD, SCHEMA, DataSpec, DatasetError, Episode,
-    EpisodeWriter, _json_hash, content_hash, file_hash, start_partial)
+from .episodes import RECORD, SCHEMA, DataSpec, DatasetError, Episode, EpisodeWriter
+from .episodes import _json_hash, content_hash, file_hash, start_partial
 from .ppo import agent_folder
 from ..settings import Settings, make_settings, repo_root
 
@@ -107,7 +107,8 @@ def dataset_settings(
     settings: Settings,  # resolved settings
 ) -> dict[str, dict]:    # {section: {key: value}}
     "The settings that decide what is in a dataset: two that agree in these share one."
-    which = dict(env=settings.env.model_dump(), collect=settings.collect.model_dump(exclude={"workers"}), run=dict(seed=settings.run.seed))
+    which = dict(env=settings.env.model_dump(), collect=settings.collect.model_dump(exclude={"workers", "ppo"}),
+                 run=dict(seed=settings.run.seed))
     if settings.collect.policy == "ppo":
         which |= dict(ppo=settings.collect.ppo.model_dump(exclude={"subprocesses"}), model=dict(frame_stack=settings.model.frame_stack))
         weights = agent_folder(settings) / "weights.safetensors"
@@ -183,6 +184,18 @@ def make_sample(
         os.rename(temporary / "new", folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return open_dataset(folder)
+
+# %% ../../nbs/0_data/08_datasets.ipynb #d473cb86
+@patch
+def frame_indices(
+    self: Dataset,
+    episodes: np.ndarray,         # indices of some
+    at_most: int | None = None,   # as many frames, evenly taken; None for all
+) -> np.ndarray:                  # (m,) row numbers, in order
+    "Where the frames of these episodes are."
+    chosen = np.isin(np.arange(len(self.lengths)), episodes)
+    rows = np.flatnonzero(np.repeat(chosen, self.lengths + 1))
+    return rows if at_most is None else rows[:: -(-len(rows) // at_most)]
 
 # %% ../../nbs/0_data/08_datasets.ipynb #e6ada0f6
 @patch

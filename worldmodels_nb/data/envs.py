@@ -100,7 +100,7 @@ def _observed(*names: str) -> StateReader:
 
 _classic = "gymnasium.envs.classic_control."
 STATES = {
-    "worldmodels_nb.envs:TwoRoomsEnv": StateReader(["agent x", "agent y", "wall x", "door y"], [0, 1], lambda env, observation, info: info["state"]),
+    "worldmodels_nb.data.tworooms:TwoRoomsEnv": StateReader(["agent x", "agent y", "wall x", "door y"], [0, 1], lambda env, observation, info: info["state"]),
     _classic + "cartpole:CartPoleEnv": _observed("cart position", "cart velocity", "pole angle", "pole velocity"),
     _classic + "pendulum:PendulumEnv": _observed("cos θ", "sin θ", "angular velocity"),
     _classic + "acrobot:AcrobotEnv": _observed("cos θ1", "sin θ1", "cos θ2", "sin θ2", "angular velocity 1", "angular velocity 2"),

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'SCHEMA', 'RECORD', 'DatasetError', 'DataSpec', 'Episode', 'as_rows', 'RowFile', 'sweep_partial',
-           'start_partial', 'file_hash', 'content_hash', 'crosses_door', 'make_record', 'disk_errors', 'EpisodeWriter']
+           'start_partial', 'whole_folder', 'cached_rows', 'file_hash', 'content_hash', 'crosses_door', 'make_record',
+           'disk_errors', 'EpisodeWriter']
 
 # %% ../../nbs/0_data/04_episodes.ipynb #e616ed4f
 import hashlib, json, os, re, shutil, socket, tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,6 +132,50 @@ def start_partial(
     final.parent.mkdir(parents=True, exist_ok=True)
     sweep_partial(final.parent)
     return Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{os.getpid()}-", dir=final.parent))
+
+# %% ../../nbs/0_data/04_episodes.ipynb #fd37495d
+@contextmanager
+def whole_folder(
+    final: Path,  # the folder that is to appear whole; must not exist
+) -> Iterator[Path]:  # a temporary folder beside it
+    "Build a folder that appears when the block ends well, and not at all otherwise. Raises `FileExistsError`."
+    temporary = start_partial(final)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if final.exists(): raise FileExistsError(f"{final} has appeared meanwhile")
+        os.rename(temporary, final)
+    finally: shutil.rmtree(temporary, ignore_errors=True)
+
+# %% ../../nbs/0_data/04_episodes.ipynb #e4e7cb4e
+def _open_rows(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
+    try: rows = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError): return None
+    return rows if rows.shape == tuple(shape) and rows.dtype == dtype else None
+
+def _write_rows(path: Path, shape: tuple[int, ...], dtype: str, parts: Iterator[np.ndarray]) -> None:
+    temporary = start_partial(path)
+    try:
+        file = RowFile(temporary / path.name, dtype, tuple(shape[1:]))
+        for part in parts: file.append(part)
+        file.close()
+        os.replace(temporary / path.name, path)
+    finally: shutil.rmtree(temporary, ignore_errors=True)
+
+def cached_rows(
+    path: Path,              # an .npy file, there or not
+    shape: tuple[int, ...],  # of all rows
+    dtype: str,              # of every number
+    parts: Callable[[], Iterator[np.ndarray]],  # computes the rows, (b, *shape[1:]) at a time
+    error: type[ValueError] = DatasetError,     # what a full disk is called
+) -> np.ndarray:             # memory-mapped, read only
+    "Rows from a file if it holds them, else computed and written, whole. Raises `error`."
+    if (rows := _open_rows(path, shape, dtype)) is not None: return rows
+    try: _write_rows(path, shape, dtype, parts())
+    except OSError as problem:
+        raise error(f"cannot write {path}: {problem.strerror or problem}; "
+                    "make room, or keep it in another folder") from None
+    return _open_rows(path, shape, dtype)
 
 # %% ../../nbs/0_data/04_episodes.ipynb #8b702271
 SCHEMA = 1               # version of the record

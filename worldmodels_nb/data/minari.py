@@ -14,8 +14,8 @@ import gymnasium as gym
 import numpy as np
 from .datasets import Dataset, _absolute, open_dataset
 from .envs import ActionSpec, action_spec, to_frames
-from worldmodels_nb.data.episodes import (DataSpec, DatasetError, Episode, EpisodeWriter,
-    disk_errors, start_partial)
+from .episodes import DataSpec, DatasetError, Episode, EpisodeWriter, disk_errors
+from .episodes import start_partial
 
 # %% ../../nbs/0_data/09_minari.ipynb #fbde94b1
 def _minari_storage():

@@ -6,14 +6,15 @@
 __all__ = ['LatentsError', 'cache_name', 'encode_dataset']
 
 # %% ../../nbs/4_eval/40_latents.ipynb #377853cc
-import hashlib, os, shutil
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
 from tqdm import tqdm
 from ..data.datasets import Dataset, Windows
-from ..data.episodes import start_partial
+from ..data.episodes import cached_rows
 from ..models.base import WorldModel
 from ..training.callbacks import evaluation_mode
 
@@ -22,39 +23,38 @@ class LatentsError(ValueError):
     "Latents that cannot be computed or kept; one sentence says why."
 
 def cache_name(
-    model: WorldModel,  # frozen
-    dataset: Dataset,   # its hash is taken from its record
-    dtype: str,         # float32 or float16
-    whole: bool = False,  # of something that depends on all of the model, not only on its eye
-) -> str:               # a file name
-    "The name of a cache: the model's eye (weights and structure), the dataset, the number type."
-    weights, structure = (model.state_dict(), model) if whole else (model.encoder_state(), getattr(model, model.eye))
-    seen = hashlib.sha256(safetensors.torch.save({name: t.to("cpu", copy=True).contiguous() for name, t in weights.items()})).hexdigest()
-    built = hashlib.sha256(f"{seen} {type(model).encode.__qualname__} {structure!r} {model.frame_stack}".encode()).hexdigest()
-    return f"latents-{built[:16]}-{hashlib.sha256(dataset.hash.encode()).hexdigest()[:16]}-{dtype}.npy"
+    model: WorldModel,    # frozen
+    dataset: Dataset,     # its hash is taken from its record
+    dtype: str,           # float32 or float16
+    whole: bool = False,  # of something that depends on all of the model, not only on its encoder
+) -> str:                 # a file name
+    "The name of a cache: the encoder (weights and structure), the dataset, the number type."
+    if whole: weights, structure = model.state_dict(), model
+    else: weights, structure = model.encoder_state(), model.inference_encoder
+    tensors = {name: t.to("cpu", copy=True).contiguous() for name, t in weights.items()}
+    values = hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+    code = f"{values} {type(model).encode.__qualname__} {structure!r} {model.frame_stack}"
+    built, data = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in (code, dataset.hash))
+    return f"latents-{built}-{data}-{dtype}.npy"
 
 # %% ../../nbs/4_eval/40_latents.ipynb #afa456d5
-def _encode_to(path: Path, model: WorldModel, dataset: Dataset, device: str | torch.device, dtype: str, batch: int, progress: bool) -> None:
+def _latent_batches(
+    model: WorldModel, dataset: Dataset, device: str | torch.device, dtype: str, batch: int, progress: bool,
+) -> Iterator[np.ndarray]:  # (b, N, D)
     stills = Windows(dataset, np.arange(len(dataset)), steps=0, frame_stack=model.frame_stack)  # window r is row r
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (len(stills), *model.latent_shape)}
-    with open(path, "wb") as file, evaluation_mode(model):
-        np.lib.format.write_array_header_1_0(file, header)
-        for begin in tqdm(range(0, len(stills), batch), desc="latents", unit="batch", disable=not progress):
+    begins = range(0, len(stills), batch)
+    with evaluation_mode(model):
+        for begin in tqdm(begins, desc="latents", unit="batch", disable=not progress):
             rows = np.arange(begin, min(begin + batch, len(stills)))
-            frames = stills.batch(rows).frames.to(device)                                   # (b, F, C, h, w)
-            z = model.encode(frames)[:, 0].to(getattr(torch, dtype)).cpu().numpy()          # (b, N, D)
+            frames = stills.batch(rows).frames.to(device)                           # (b, F, C, h, w)
+            z = model.encode(frames)[:, 0].to(getattr(torch, dtype)).cpu().numpy()  # (b, N, D)
             if not np.isfinite(z).all():
-                raise LatentsError(f"rows {begin} to {rows[-1]} of dataset {dataset.folder.name} have latents that are not finite in {dtype}; "
-                                   + ("use float32" if dtype == "float16" else "the model's weights are broken"))
-            file.write(z.tobytes())
-        file.flush(); os.fsync(file.fileno())
+                mend = "use float32" if dtype == "float16" else "the model's weights are broken"
+                raise LatentsError(f"rows {begin} to {rows[-1]} of dataset {dataset.folder.name} have latents "
+                                   f"that are not finite in {dtype}; {mend}")
+            yield z
 
 # %% ../../nbs/4_eval/40_latents.ipynb #ad2ef17e
-def _open_cache(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
-    try: latents = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError): return None
-    return latents if latents.shape == shape and latents.dtype == dtype else None
-
 def encode_dataset(
     model: WorldModel,          # frozen; its frame_stack and latent_shape decide the rest
     dataset: Dataset,           # n frames
@@ -65,15 +65,10 @@ def encode_dataset(
     progress: bool = True,      # show a bar
 ) -> np.ndarray:                # (n, N, D), memory-mapped, read only
     "Latents of every frame, from the cache if they are there. Raises `LatentsError`."
-    if dtype not in ("float32", "float16"): raise LatentsError(f"latents cannot be kept as {dtype!r}: .npy files know float32 and float16, and no bfloat16")
-    path, shape = Path(folder) / cache_name(model, dataset, dtype), (len(dataset.frames), *model.latent_shape)
-    if (latents := _open_cache(path, shape, dtype)) is None:
-        try:
-            temporary = start_partial(path)
-            try:
-                _encode_to(temporary / path.name, model.to(device), dataset, device, dtype, batch, progress)
-                os.replace(temporary / path.name, path)
-            finally: shutil.rmtree(temporary, ignore_errors=True)
-        except OSError as error: raise LatentsError(f"cannot write {path}: {error.strerror or error}; make room, or keep latents in another folder") from None
-        latents = _open_cache(path, shape, dtype)
-    return latents
+    if dtype not in ("float32", "float16"):
+        raise LatentsError(f"latents cannot be kept as {dtype!r}: .npy files know float32 and float16, "
+                           "and no bfloat16")
+    path = Path(folder) / cache_name(model, dataset, dtype)
+    shape = (len(dataset.frames), *model.latent_shape)
+    def _parts(): return _latent_batches(model.to(device), dataset, device, dtype, batch, progress)
+    return cached_rows(path, shape, dtype, _parts, LatentsError)

@@ -13,26 +13,27 @@ from ..nn.predictors import build_predictor
 from ..settings import Settings
 
 # %% ../../nbs/3_models/32_encdec_jepa.ipynb #edj007
-@register("encdec_jepa")
+@register("encdec_jepa", color="#56B4E9")
 class EncoderDecoderJEPA(EncoderDecoder):
     "Encoder, JEPA's predictor, decoder: predicts the next frame in pixels. Raises `SettingsError`."
-    def middle(self,
+    def build_bridge(self,
         settings: Settings,  # model, predictor
     ) -> int:                # M = N: the decoder gets the predicted tokens
         "Build JEPA's predictor between encoder and decoder."
-        self.predictor = build_predictor(settings.model.latent_dim, self.spec.action, settings.model.action_dim, settings.predictor)
+        m = settings.model
+        self.predictor = build_predictor(m.latent_dim, self.spec.action, m.action_dim, settings.predictor)
         return self.latent_shape[0]
 
-    def tell(self,
+    def decoder_input(self,
         z: Tensor,       # (B, N, D)
         action: Tensor,  # (B,) or (B, A)
     ) -> Tensor:         # (B, N, D)
-        "What the decoder gets to know: one step of the predictor."
+        "What the decoder is conditioned on: one step of the predictor."
         return self.predictor.step(z, self.predictor.action(action))
 
-    def expect(self,
-        told: Tensor,     # (B, N, D)
-        decoded: Tensor,  # (B, F·C, h, w); not used: what is expected was said before it was decoded
-    ) -> Tensor:          # (B, N, D)
-        "The latent of the next step, as this model expects it: what the predictor said."
-        return told
+    def predicted_latent(self,
+        conditioning: Tensor,  # (B, N, D)
+        decoded: Tensor,       # (B, F·C, h, w); not used: what is expected is there before it is decoded
+    ) -> Tensor:               # (B, N, D)
+        "The latent of the next step, as this model expects it: the predictor's output."
+        return conditioning

@@ -9,7 +9,7 @@ __all__ = ['JEPA']
 import copy
 from fastcore.basics import patch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data.datasets import Batch
 from ..data.episodes import DataSpec
@@ -21,31 +21,46 @@ from ..settings import Settings, SettingsError
 from ..training.fit import LossTerms, weighted
 
 # %% ../../nbs/3_models/33_jepa.ipynb #7089770e
-@register("jepa")
+@register("jepa", color="#D55E00")
 class JEPA(WorldModel):
-    "Joint-embedding predictive world model: predicts latents, kept apart by regularizer terms. Raises `SettingsError`."
+    "Joint-embedding predictive world model: predicts latents, not frames. Raises `SettingsError`."
     def __init__(self,
         settings: Settings,  # model, encoder's own section, predictor, jepa, loss
         spec: DataSpec,      # shapes of frames and actions
     ):
         super().__init__(settings, spec)
+        m = settings.model
         self.encoder = build_encoder(settings, spec.frame_shape)
-        self.latent_shape = self.encoder.latent_shape
-        self.predictor = build_predictor(settings.model.latent_dim, spec.action, settings.model.action_dim, settings.predictor)
+        self.latent_shape = self.encoder.latent_shape                      # (N, D)
+        self.predictor = build_predictor(m.latent_dim, spec.action, m.action_dim, settings.predictor)
         self.regularizer = Regularizer(self.latent_shape, spec.action, settings, settings.loss.jepa)
-        self.settings, self.weights = settings.jepa, {"prediction": settings.loss.prediction} | self.regularizer.weights
-        self.target = None if self.settings.target == "none" else copy.deepcopy(self.encoder).requires_grad_(False)
-        if self.settings.target == "default":
-            self.eye, told_by = "target", self.regularizer.weights.keys() - ({"dino"} if self.regularizer.two_views else set())
-            if not told_by: raise SettingsError("jepa.target = 'default' leaves the online encoder to the regularizer terms, and none that is on reaches it (DINO's of two views stops at its teacher); set loss.jepa and another weight above 0, or another jepa.target")
+        self.settings = settings.jepa
+        self.weights = {"prediction": settings.loss.prediction} | self.regularizer.weights
+        shared = self.settings.target == "shared"
+        self.target = None if shared else copy.deepcopy(self.encoder).requires_grad_(False)
+        self._check_encoder_learns()
 
-    def rollout(self,
-        z: Tensor,             # history (B, T0, N, D); only the last is used
-        past_actions: Tensor,  # (B, T0-1[, A]); not used
-        actions: Tensor,       # (B, H) or (B, H, A)
-    ) -> Tensor:               # (B, H, N, D)
-        "The predictor, unrolled."
-        return self.predictor(z[:, -1], actions)
+# %% ../../nbs/3_models/33_jepa.ipynb #21476a99
+@patch
+def _check_encoder_learns(self: JEPA):
+    if self.settings.target == "ema_both" and not self.regularizer.reaches_encoder:
+        raise SettingsError("jepa.target = 'ema_both' leaves the online encoder to the regularizer terms, "
+                            "and none that is on reaches it (DINO's of two views stops at its teacher); "
+                            "set loss.jepa and another weight above 0, or another jepa.target")
+
+@patch(as_prop=True)
+def inference_encoder(self: JEPA) -> nn.Module:
+    "The encoder whose latents the predictor starts from: with `ema_both` the slow copy."
+    return self.target if self.settings.target == "ema_both" else self.encoder
+
+@patch
+def rollout(self: JEPA,
+    z: Tensor,             # history (B, T0, N, D); only the last is used
+    past_actions: Tensor,  # (B, T0-1[, A]); not used
+    actions: Tensor,       # (B, H) or (B, H, A)
+) -> Tensor:               # (B, H, N, D)
+    "The predictor, unrolled."
+    return self.predictor(z[:, -1], actions)
 
 # %% ../../nbs/3_models/33_jepa.ipynb #34236637
 @patch
@@ -53,18 +68,24 @@ def loss(self: JEPA,
     batch: Batch,  # windows
 ) -> LossTerms:
     "Squared error of unrolled predictions, plus the weighted regularizer terms on the online latents."
-    x = self.preprocess(batch.frames)                          # (B, T+1, F·C, h, w)
+    x = self.preprocess(batch.frames)                       # (B, T+1, F·C, h, w)
     z = self.embed(self.encoder, x)                         # (B, T+1, N, D)
     present, future = self._sides(x, z)                     # (B, N, D), (B, T, N, D)
     predicted = self.predictor(present, batch.actions)      # (B, T, N, D)
-    terms = dict(prediction=F.mse_loss(predicted, future), **self.regularizer(z, batch.actions, predicted))
+    error = F.mse_loss(predicted, future)
+    terms = {"prediction": error, **self.regularizer(z, batch.actions, predicted)}
     return weighted(terms, self.weights)
 
+# %% ../../nbs/3_models/33_jepa.ipynb #fd7b41bd
 @patch
 def _sides(self: JEPA, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    if self.target is None: return z[:, 0], z[:, 1:].detach() if self.settings.stop_gradient else z[:, 1:]
-    with torch.no_grad(): slow = self.embed(self.target.eval(), x)
-    return slow[:, 0] if self.eye == "target" else z[:, 0], slow[:, 1:]
+    "Where the prediction starts (B, N, D), and what it is compared with (B, T, N, D)."
+    if self.target is None:
+        future = z[:, 1:]
+        return z[:, 0], future.detach() if self.settings.stop_gradient else future
+    with torch.no_grad(): slow = self.embed(self.target.eval(), x)         # (B, T+1, N, D)
+    present = slow if self.inference_encoder is self.target else z
+    return present[:, 0], slow[:, 1:]
 
 @patch
 def after_step(self: JEPA,

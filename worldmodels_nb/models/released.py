@@ -78,7 +78,7 @@ def read_released(
     return translated | ({"other": rest} if rest else {})
 
 # %% ../../nbs/3_models/35_released.ipynb #6353fcad
-HARMLESS = ("pos_embed", "predictor_pos_embed")  # tables of places, not used with rotary positions
+HARMLESS = ("pos_embed", "predictor_pos_embed")  # tables of positions, not used with rotary positions
 
 @dataclass
 class Fit:

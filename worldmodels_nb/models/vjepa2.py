@@ -14,19 +14,17 @@ import torch
 from torch import Tensor, nn
 from ..data.datasets import Batch
 from ..data.episodes import DataSpec
-from worldmodels_nb.models.action_conditioned import (ActionConditionedPredictor,
-    WorldModelTransformer, normalize)
+from .action_conditioned import ActionConditionedPredictor, WorldModelTransformer
+from .action_conditioned import normalize
 from .base import Stage, WorldModel, register
 from .released import ReleasedError, build_pretraining, fill
 from ..settings import Settings, SettingsError
 from ..training.fit import LossTerms
 
 # %% ../../nbs/3_models/37_vjepa2.ipynb #vjepa2-068
-@register("vjepa2")
+@register("vjepa2", color="#7B1E5B", stages=("pretrain", "action"))
 class VJEPA2WorldModel(WorldModel):
     "V-JEPA 2 as a world model: stage 1's slow encoder to see with, stage 2's transformer to look ahead with."
-    eye = "encoder"
-
     def __init__(self,
         settings: Settings,  # masked, ac, model.frame_stack
         spec: DataSpec,      # shapes of frames and actions
@@ -40,8 +38,8 @@ class VJEPA2WorldModel(WorldModel):
         self.settings, self.window = settings, settings.vjepa2.action.window_steps
 
     @property
-    def encoder(self) -> nn.Module:
-        "The eye: stage 1's target encoder."
+    def inference_encoder(self) -> nn.Module:
+        "Stage 1's target encoder, the slow one."
         return self.masked.target
 
     def encode(self,

@@ -73,15 +73,15 @@ class RotaryAttention(nn.Module):
         tables: tuple[Tensor, Tensor],  # sine and cosine by `rotary_tables`: (N, d) or (B, N, d)
         mask: Tensor | None = None,     # bool (N, M) or (B, 1, N, M), True where looking is allowed; None for everywhere
     ) -> Tensor:                        # (B, N, D)
-        return self.extend(x, tables, mask)[0]
+        return self.forward_cached(x, tables, mask)[0]
 
-    def extend(self,
+    def forward_cached(self,
         x: Tensor,                      # new tokens (B, N, D)
         tables: tuple[Tensor, Tensor],  # of the new tokens
         mask: Tensor | None = None,     # bool (N, M+N), or (B, 1, N, M+N): earlier tokens first
         past: tuple[Tensor, Tensor] | None = None,  # turned keys and values of M earlier tokens, (B or 1, heads, M, d) each
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:      # (B, N, D); keys and values of all M+N tokens, the new ones last
-        "Attention of new tokens over earlier ones and themselves, and the memory for the next."
+        "Attention of new tokens over earlier ones and themselves, and the cache for the next."
         sin, cos = (t[..., None, None, :] for t in tables)                                       # (…, N, 1, 1, d)
         qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.heads)
         q, k = rotate(qkv[:, :, :2], sin, cos).permute(2, 0, 3, 1, 4)                            # (B, h, N, d) each
@@ -122,18 +122,18 @@ class RotaryBlock(nn.Module):
         tables: tuple[Tensor, Tensor],  # sine and cosine by `rotary_tables`
         mask: Tensor | None = None,     # bool (N, N) or (B, 1, N, N), True where looking is allowed
     ) -> Tensor:                        # (B, N, D)
-        return self.extend(x, tables, mask)[0]
+        return self.forward_cached(x, tables, mask)[0]
 
-    def extend(self,
+    def forward_cached(self,
         x: Tensor,                      # new tokens (B, N, D)
         tables: tuple[Tensor, Tensor],  # of the new tokens
         mask: Tensor | None = None,     # bool (N, M+N) or (B, 1, N, M+N)
-        past: tuple[Tensor, Tensor] | None = None,  # this block's memory of M earlier tokens
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:      # (B, N, D); the memory with the new tokens
+        past: tuple[Tensor, Tensor] | None = None,  # this block's cache of M earlier tokens
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:      # (B, N, D); the cache with the new tokens
         "The block on new tokens that also look at remembered ones."
-        y, memory = self.attn.extend(self.norm1(x), tables, mask, past)
+        y, cache = self.attn.forward_cached(self.norm1(x), tables, mask, past)
         x = x + y
-        return x + self.mlp(self.norm2(x)), memory
+        return x + self.mlp(self.norm2(x)), cache
 
 # %% ../../nbs/1_nn/15_rotary.ipynb #9f1cb759
 def init_weights(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'LossTerms', 'weighted', 'Trainable', 'TrainingError', 'learning_rate', 'spared_from_decay', 'make_optimizer',
-           'Run', 'Callback', 'fit', 'in_steps', 'WeightsError', 'weights_bytes', 'weights_hash', 'save_weights',
-           'differences', 'load_weights', 'freeze', 'count_parameters']
+           'Run', 'Callback', 'fit', 'fit_windows', 'History', 'in_steps', 'WeightsError', 'weights_bytes',
+           'weights_hash', 'save_weights', 'differences', 'load_weights', 'freeze', 'count_parameters']
 
 # %% ../../nbs/2_training/20_fit.ipynb #1936ae7b
 import hashlib, math, time
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from ..data.datasets import Batch
+from ..data.datasets import Batch, Windows
 from ..settings import TrainingSettings, write_whole
 
 # %% ../../nbs/2_training/20_fit.ipynb #f8ff0600
@@ -148,6 +148,45 @@ def fit(
         for callback in callbacks: callback.on_step(run)
     for callback in callbacks: callback.on_end(run)
     return run
+
+# %% ../../nbs/2_training/20_fit.ipynb #3ed13b37
+def fit_windows(
+    model: Trainable,                    # anything whose loss takes a batch of these windows
+    windows: Windows,                    # what to learn from; anything with `sample(batch_size, seed, step)`
+    settings: TrainingSettings,          # the recipe; batch_size windows a step
+    seed: int = 0,                       # of the batches; dropout and masks follow torch's own generator
+    callbacks: Sequence[Callback] = (),  # side effects, in this order
+    device: str | torch.device = "cpu",  # where to compute
+) -> Run:                                # the run as it ended; the model is trained in place, and in training mode
+    "`fit` on random windows, a pure function of seed and step. Raises `TrainingError` if nothing can be trained."
+    return fit(model, lambda step: windows.sample(settings.batch_size, seed, step), settings, callbacks, device)
+
+# %% ../../nbs/2_training/20_fit.ipynb #5da0bdae
+class History(Callback):
+    "Keeps the loss and each of its terms in memory, for a curve; reads the device, so it is for small things."
+    def __init__(self,
+        every: int = 1,  # steps between readings
+    ):
+        self.every, self.rows = every, []
+
+    def on_step(self, run: Run) -> None:
+        "Note the total and the terms."
+        if not run.due(self.every): return
+        values = {"total": run.losses.total, **run.losses.terms}
+        self.rows.append({"step": run.step, **{name: value.item() for name, value in values.items()}})
+
+    def __getitem__(self,
+        name: str,       # total, or a term
+    ) -> list[float]:    # one number for each reading that had it
+        "The values of one term."
+        return [row[name] for row in self.rows if name in row]
+
+    def lines(self,
+        *names: str,     # total or terms; none for all terms
+    ) -> dict[str, tuple]:  # {name: (steps, values, None, None)}
+        "What `viz.curves` draws."
+        names = names or tuple(name for name in self.rows[-1] if name not in ("step", "total"))
+        return {name: ([row["step"] for row in self.rows if name in row], self[name], None, None) for name in names}
 
 # %% ../../nbs/2_training/20_fit.ipynb #d6045e96
 def in_steps(

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 import torch
 from ..data.datasets import Windows
 from ..settings import TrainingSettings, seed_everything, write_whole
-from .callbacks import (READ_EVERY, BestWeights, EarlyStopping, Metrics,
-    Pictures, Progress, Validation, generator_states, restore_generators)
-from .fit import (Callback, Run, Trainable, TrainingError, count_parameters,
-    differences, fit, in_steps, load_weights, save_weights, weights_hash)
+from .callbacks import READ_EVERY, BestWeights, EarlyStopping, Metrics, Pictures
+from .callbacks import Progress, Validation, generator_states, restore_generators
+from .fit import Callback, Run, Trainable, TrainingError, count_parameters
+from .fit import differences, fit, in_steps, load_weights, save_weights, weights_hash
 
 # %% ../../nbs/2_training/22_parts.ipynb #6ba532b8
 STATE_SCHEMA = 1

@@ -1,0 +1,41 @@
+"What the tests of all widgets share: a clip, and two claims that every view has to meet."
+import random
+
+import pytest
+import torch
+
+from worldmodels_nb.viz import png_bytes
+
+
+@pytest.fixture(scope="session")
+def clip(sample):
+    "Four frames of the sample, uint8 (4, C, h, w)."
+    return torch.from_numpy(sample.frames[:4].copy())
+
+
+@pytest.fixture
+def depends_on_its_state_alone():
+    "A check of what makes a view: the same state gives the same bytes, and nothing global is drawn from."
+    def check(make):
+        view, other = make(), make()
+        torch.manual_seed(5)
+        random.seed(5)
+        again = png_bytes(view.render(view.state))
+        assert view.image.value == again == png_bytes(other.render(dict(view.state)))
+        generator = torch.get_rng_state()
+        view.render(view.state)
+        assert torch.equal(generator, torch.get_rng_state())
+    return check
+
+
+@pytest.fixture
+def redraws_and_goes_back():
+    "A check of one control of a view: another value is another picture, and the old value the old picture."
+    def check(view, name, value):
+        before, old = view.image.value, view.controls[name].value
+        view.controls[name].value = value
+        assert view.image.value != before and view.image.value == png_bytes(view.render(view.state))
+        assert view.message.value == ""
+        view.controls[name].value = old
+        assert view.image.value == before
+    return check
