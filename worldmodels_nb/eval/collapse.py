@@ -47,7 +47,7 @@ def spectrum(
     "Standard deviations along the principal directions."
     return torch.linalg.svdvals(centred(x)) / math.sqrt(len(x))
 
-# %% ../../nbs/4_eval/43_collapse.ipynb #0577df7d
+# %% ../../nbs/4_eval/43_collapse.ipynb #54a4f6c7
 def _pair(z: Tensor, z_next: Tensor) -> Tensor:     # (n, 2·N·D)
     return torch.cat([readout(z), readout(z_next - z)], dim=-1)
 
@@ -130,7 +130,7 @@ def _spectra(ax, panels: dict[str, dict], styles: dict[str, dict]) -> None:
     ax.set(yscale="log", xlabel="principal direction", ylabel="std, latent unit")
     ax.set_title(f"spectrum, n = {n:.0f}")
 
-# %% ../../nbs/4_eval/43_collapse.ipynb #5d5b6f15
+# %% ../../nbs/4_eval/43_collapse.ipynb #280c6504
 def _column(ax, values: dict[str, float], title: str, styles: dict[str, dict]) -> None:
     for i, (name, value) in enumerate(values.items()):
         ax.barh(i, np.nan_to_num(value), color=styles[name]["color"], alpha=.35)
@@ -158,7 +158,7 @@ def plot_collapse(
         ax.title.set_fontsize(9)
     return figure
 
-# %% ../../nbs/4_eval/43_collapse.ipynb #879f8ff8
+# %% ../../nbs/4_eval/43_collapse.ipynb #6280fb0b
 @torch.no_grad()
 def collapse_results(
     world: WorldModel,             # frozen; only its `rollout` is used

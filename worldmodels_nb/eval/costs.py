@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['cost_results']
 
-# %% ../../nbs/4_eval/46_costs.ipynb #d06c0971
+# %% ../../nbs/4_eval/46_costs.ipynb #1180095d
 from collections.abc import Mapping, Sequence
 from typing import Any
 from .results import result_row
 from ..models.base import WorldModel
 
-# %% ../../nbs/4_eval/46_costs.ipynb #bd4d5192
+# %% ../../nbs/4_eval/46_costs.ipynb #b437e820
 def cost_results(
     world: WorldModel,                      # trained
     results: Sequence[Mapping[str, Any]],   # steps, seconds and best_step of each of its stages, in order

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from ..data.datasets import Windows
 
-# %% ../../nbs/4_eval/41_results.ipynb #5bb57fc3
+# %% ../../nbs/4_eval/41_results.ipynb #005de9a7
 class EvaluationError(ValueError):
     "Latents, targets or windows that cannot be evaluated, in one sentence."
 
@@ -67,7 +67,7 @@ def bootstrap_ratio(
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return ratio[()], low.reshape(top.shape[1:])[()], high.reshape(top.shape[1:])[()]
 
-# %% ../../nbs/4_eval/41_results.ipynb #6034cdbc
+# %% ../../nbs/4_eval/41_results.ipynb #6044332f
 def independent_windows(
     windows: Windows,  # all windows of the validation episodes
     n: int,            # wanted; evaluation.n_windows

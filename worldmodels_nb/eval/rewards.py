@@ -51,7 +51,7 @@ class RewardWindows(Windows):
         self.paths = paths
         self.place = self.begin if rows is None else np.searchsorted(rows, self.begin)  # each window's path
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #7f82783e
+# %% ../../nbs/4_eval/45_rewards.ipynb #5a139610
 @patch
 def batch(self: RewardWindows,
     indices: np.ndarray,   # (B,) which paths, 0 ≤ i < len(self)
@@ -83,7 +83,7 @@ def reward_mlp_net(
 class ConstantReward(EvaluationError):
     "Every step earns the same: there is nothing to predict."
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #c3c7aff0
+# %% ../../nbs/4_eval/45_rewards.ipynb #dab73bd1
 def reward_scale(
     windows: Windows,         # training windows; each of their steps counts once
 ) -> tuple[float, float]:     # μ_r and σ_r > 0, in units of reward
@@ -126,7 +126,7 @@ class RewardMLP(Trainable):
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("unit", torch.ones(()))
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #4b78fe27
+# %% ../../nbs/4_eval/45_rewards.ipynb #157d1a36
 @patch
 def inputs(self: RewardMLP,
     z: Tensor,  # (B, P+1, N, D)
@@ -145,7 +145,7 @@ def standard(self: RewardMLP,
     if self.action is not None: x = torch.cat([x, self.action(actions)], dim=-1)
     return self.read(x.flatten(0, 1)).view(x.shape[:2])
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #992b1c95
+# %% ../../nbs/4_eval/45_rewards.ipynb #b0575fed
 @patch
 def forward(self: RewardMLP,
     z: Tensor,        # a path (B, P+1, N, D), P ≥ 1
@@ -154,7 +154,7 @@ def forward(self: RewardMLP,
     "The reward of each step of a path."
     return self.centre + self.unit * self.standard(z, actions)
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #1de1a3c5
+# %% ../../nbs/4_eval/45_rewards.ipynb #d9470012
 @patch
 def loss(self: RewardMLP,
     batch: Batch,     # latents (B, P+1, N, D), actions, rewards (B, P)
@@ -208,7 +208,7 @@ def path_ahead(
     "A path of latents for reward heads: the present, and the model's rollout from it."
     return torch.cat([z[:, None], model.rollout(z[:, None], actions[:, :0], actions)], dim=1)
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #62dd127e
+# %% ../../nbs/4_eval/45_rewards.ipynb #71dce674
 def _path_batches(model: WorldModel, dataset: Dataset, latents: np.ndarray, rows: np.ndarray, steps: int,
                   batch: int, progress: bool) -> Iterator[np.ndarray]:  # (b, P, N, D) each
     device = next(model.parameters()).device
@@ -253,7 +253,7 @@ def predict_dataset(
 MEAN_REWARD = Source("baseline", "mean_reward", through_model=False)  # of the training steps
 LAST_REWARD = Source("baseline", "last_reward", through_model=False)  # what the step before the path earned
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #5e64a607
+# %% ../../nbs/4_eval/45_rewards.ipynb #74d66460
 def _squared_errors(
     model: WorldModel, heads: dict[str, RewardMLP], oracles: dict[str, RewardMLP], batch: Batch, T: int,
 ) -> dict[Source, Tensor]:  # (B, T) each
@@ -266,7 +266,7 @@ def _squared_errors(
     answers[LAST_REWARD] = batch.rewards[:, :1].expand_as(rewards)
     return {source: (answer - rewards).double().square().cpu() for source, answer in answers.items()}
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #999000cd
+# %% ../../nbs/4_eval/45_rewards.ipynb #fa01a4d8
 @torch.no_grad()
 def reward_errors(
     model: WorldModel,              # frozen; only its `rollout` is used
@@ -307,7 +307,7 @@ def reward_rows(
             _add(source, "mse_vs_mlp", bootstrap_ratio(error, mse[plain], **how))
     return rows
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #e938e0ec
+# %% ../../nbs/4_eval/45_rewards.ipynb #47ef43c8
 def reward_horizons(
     dataset: Dataset,         # where the lengths of episodes are
     episodes: np.ndarray,     # indices of the validation episodes, at least two
@@ -317,7 +317,7 @@ def reward_horizons(
     longest = int(np.sort(dataset.lengths[episodes])[-2]) - 1
     return [horizon for horizon in horizons if horizon <= longest]
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #77aa9d28
+# %% ../../nbs/4_eval/45_rewards.ipynb #e95a0130
 def reward_results(
     world: WorldModel,               # frozen
     heads: dict[str, RewardMLP],     # on its latents, by name, at least one

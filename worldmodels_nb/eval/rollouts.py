@@ -23,12 +23,12 @@ from ..models.base import WorldModel
 from ..settings import EvaluationSettings
 from ..viz import Picture, curves
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #ec24eb02
+# %% ../../nbs/4_eval/44_rollouts.ipynb #fb89f4e2
 TRUTH = Source("reference", "truth")              # what really followed
 PERSISTENCE = Source("baseline", "persistence")   # the first latent, again and again
 SHUFFLED = Source("baseline", "shuffled_actions") # the model, with the actions of another window
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #56f2f268
+# %% ../../nbs/4_eval/44_rollouts.ipynb #a969d1e4
 def check_horizons(
     horizons: Sequence[int],  # steps ahead
     steps: int,               # how many there are
@@ -63,7 +63,7 @@ def open_loop(
 STILL = Source("baseline", "persistence", through_model=False)     # the true first position, or frame, kept
 MEAN_FRAME = Source("baseline", "mean_frame", through_model=False)
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #eb32ca6d
+# %% ../../nbs/4_eval/44_rollouts.ipynb #0b6855b8
 def position_errors(
     rolled: dict[Source, Tensor],  # from `open_loop`, (B, K, N, D) each
     states: Tensor,              # true states (B, T+1, S)
@@ -81,7 +81,7 @@ def position_errors(
     if same_unit: return {source: d.norm(dim=-1) for source, d in off.items()}
     return {source: (d / unit).square().mean(-1).sqrt() for source, d in off.items()}
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #bf308ad9
+# %% ../../nbs/4_eval/44_rollouts.ipynb #89be159e
 def pixel_errors(
     rolled: dict[Source, Tensor],          # from `open_loop`, (B, K, N, D) each
     frames: Tensor,                        # true frames, uint8 (B, T+1, C, h, w)
@@ -118,7 +118,7 @@ class RolloutErrors:
     horizons: list[int]                       # K steps ahead
     values: dict[str, dict[Source, Tensor]]   # metric → whose → float64 (n, K), on the CPU
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #f040a5a5
+# %% ../../nbs/4_eval/44_rollouts.ipynb #d27ae1de
 def _latent_errors(rolled: dict[Source, Tensor]) -> dict[Source, Tensor]:  # squared, (B, K) each
     truth = rolled[TRUTH]
     off = {source: (z - truth).double() for source, z in rolled.items() if source != TRUTH}
@@ -129,7 +129,7 @@ def _joined(parts: list[dict[str, dict[Source, Tensor]]]) -> dict[str, dict[Sour
     def _columns(metric): return {source: _column(metric, source) for source in parts[0][metric]}
     return {metric: _columns(metric) for metric in parts[0]}
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #e6764c0c
+# %% ../../nbs/4_eval/44_rollouts.ipynb #65a1abba
 @torch.no_grad()
 def rollout_errors(
     model: WorldModel,                 # frozen
@@ -170,7 +170,7 @@ def rollout_batches(
 # %% ../../nbs/4_eval/44_rollouts.ipynb #fa1ca288
 UNITS = dict(position="px", position_std="std")  # latent errors are relative to a variance
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #dfdaf315
+# %% ../../nbs/4_eval/44_rollouts.ipynb #b3e95d28
 def rollout_rows(
     errors: RolloutErrors,              # of one model
     model: str,                         # its registered name
@@ -196,7 +196,7 @@ def _points(line: dict[int, dict[str, Any]]) -> list[list[float]]:  # horizon �
     def _values(key): return [line[horizon][key] for horizon in sorted(line)]
     return [_values(key) for key in ("horizon", "value", "low", "high")]
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #2a53bcb4
+# %% ../../nbs/4_eval/44_rollouts.ipynb #7df8a10b
 def plot_rollouts(
     rows: list[dict[str, Any]],   # results with a horizon, of one environment and seed; stamped or not
     metric: str,                  # which of their metrics
@@ -215,7 +215,7 @@ def plot_rollouts(
     n = min(row["n"] for row in chosen)
     return curves(series, "horizon, steps", ylabel, log=log, n=n, owners=owners, baselines=baselines)
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #d3e9730e
+# %% ../../nbs/4_eval/44_rollouts.ipynb #bd273802
 def evaluation_horizons(
     dataset: Dataset,      # where the lengths of episodes are
     episodes: np.ndarray,  # indices of the validation episodes
@@ -236,7 +236,7 @@ def evaluation_horizons(
                       "no two validation episodes are longer")
     return kept
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #a9873cc8
+# %% ../../nbs/4_eval/44_rollouts.ipynb #7193bcc1
 def rollout_results(
     world: WorldModel,             # frozen
     windows: Windows,              # of max(horizons) steps, from validation episodes, with cached latents
@@ -257,11 +257,11 @@ def rollout_results(
     errors = rollout_errors(world, batches, horizons, probe, decoder, spec.position, same_unit)
     return rollout_rows(errors, model, seed, s.bootstrap, groups=episode)
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #b823f72b
+# %% ../../nbs/4_eval/44_rollouts.ipynb #1ba94b0b
 def _as_bytes(frames: Tensor) -> np.ndarray:  # floats in about 0…1 -> uint8
     return (frames.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
-# %% ../../nbs/4_eval/44_rollouts.ipynb #ea8b3c03
+# %% ../../nbs/4_eval/44_rollouts.ipynb #e31f0a4a
 @torch.no_grad()
 def rollout_strips(
     world: WorldModel,             # frozen

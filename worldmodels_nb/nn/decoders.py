@@ -27,8 +27,8 @@ class TransformerDecoder(nn.Module):
         self.queries = nn.Parameter(torch.randn(1, self.grid**2, s.dim))
         self.memory = nn.Linear(memory_shape[1], s.slots * s.dim)
         self.blocks = nn.ModuleList(Block(s.dim, s.heads, s.mlp_dim, s.dropout, cross=True) for _ in range(s.depth))
-        self.norm, self.decode = nn.LayerNorm(s.dim), nn.Linear(s.dim, channels * s.patch_size**2)
-        nn.init.zeros_(self.decode.weight); nn.init.zeros_(self.decode.bias)
+        self.norm, self.to_pixels = nn.LayerNorm(s.dim), nn.Linear(s.dim, channels * s.patch_size**2)
+        nn.init.zeros_(self.to_pixels.weight); nn.init.zeros_(self.to_pixels.bias)
 
     def forward(self,
         memory: Tensor,  # (B, M, width)
@@ -36,7 +36,7 @@ class TransformerDecoder(nn.Module):
         x = self.queries.expand(len(memory), -1, -1)                                # (B, patches, dim)
         memory = rearrange(self.memory(memory), "b m (s d) -> b (m s) d", d=x.shape[-1])   # (B, M·slots, dim)
         for block in self.blocks: x = block(x, memory)
-        x = self.decode(self.norm(x))                                                # (B, patches, C·p·p)
+        x = self.to_pixels(self.norm(x))                                                # (B, patches, C·p·p)
         return rearrange(x, "b (i j) (c p q) -> b c (i p) (j q)", i=self.grid, p=self.patch, q=self.patch)
 
 # %% ../../nbs/1_nn/12_decoders.ipynb #aff01b53
@@ -56,14 +56,14 @@ class ConvDecoder(nn.Module):
                                  nn.Dropout(s.dropout), nn.Unflatten(1, (widths[0], side, side)))
         self.grow = nn.Sequential(*[nn.Sequential(nn.Conv2d(into, 4 * out, 3, padding=1), nn.PixelShuffle(2), nn.GELU())
                                     for into, out in zip(widths, widths[1:])])
-        self.decode = nn.Sequential(nn.Conv2d(s.channels, 16 * channels, 3, padding=1), nn.PixelShuffle(4))
-        nn.init.zeros_(self.decode[0].weight); nn.init.zeros_(self.decode[0].bias)
+        self.to_pixels = nn.Sequential(nn.Conv2d(s.channels, 16 * channels, 3, padding=1), nn.PixelShuffle(4))
+        nn.init.zeros_(self.to_pixels[0].weight); nn.init.zeros_(self.to_pixels[0].bias)
 
     def forward(self,
         memory: Tensor,  # (B, M, width)
     ) -> Tensor:         # (B, channels, size, size)
         x = self.grow(self.map(memory))                        # (B, C', cells, cells)
-        return self.decode(x)[..., :self.size, :self.size]
+        return self.to_pixels(x)[..., :self.size, :self.size]
 
 # %% ../../nbs/1_nn/12_decoders.ipynb #486894ed
 DECODERS = dict(transformer=TransformerDecoder, conv=ConvDecoder)

@@ -66,7 +66,7 @@ INPUTS = ("latents", "two_views", "time")  # what a term may look at
 @dataclass(frozen=True)
 class LossTerm:
     "One declared term: how it is computed, and what it needs."
-    make: Callable         # a function, or an `nn.Module` class for a term with weights or a memory of its own
+    make: Callable         # a function, or an `nn.Module` class for a term that has weights or remembers
     inputs: str            # one of `INPUTS`
     statistic: bool        # whether it is one over the batch, which a single window has none of
     one_view: bool         # whether it means anything when there is only one view
@@ -84,11 +84,12 @@ _TAKEN: set[str] = set()  # keys of `[loss]` that are no term's weight
 
 def _refuse_name(name: str, make: Callable) -> None:
     if not name.isidentifier() or name in _TAKEN:
-        raise ValueError(f"a term cannot be called {name!r}: it is no word, or [loss] means something else by it")
+        raise ValueError(f"a term cannot be called {name!r}: "
+                         "it is no word, or [loss] means something else by it")
     old = TERMS[name].make if name in TERMS else make
     if (old.__module__, old.__qualname__) != (make.__module__, make.__qualname__):
-        raise ValueError(f"a term called {name!r} is declared already, by {old.__module__}.{old.__qualname__}; "
-                         "choose another name")
+        raise ValueError(f"a term called {name!r} is declared already, "
+                         f"by {old.__module__}.{old.__qualname__}; choose another name")
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #reg005
 def loss_term(

@@ -65,7 +65,7 @@ def decoder_latents(
     if session.settings.train.state_decoder.latents == "present": return latents
     ahead = world_paths(session, data, world, latents, 1)[:-1, 0]
     learnt = np.array(latents)
-    learnt[1:] = np.where(np.isnan(ahead), learnt[1:], ahead)  # an episode's first frame has nothing before it
+    learnt[1:] = np.where(np.isnan(ahead), learnt[1:], ahead)  # a first frame has nothing before it
     return learnt
 
 # %% ../../nbs/5_runs/52_heads.ipynb #hd016

@@ -163,7 +163,7 @@ def load_stage(
     source: str,         # a run's folder, or a .safetensors file; perhaps relative to the repository root
     settings: Settings,  # of this run
 ) -> None:
-    "Put weights from elsewhere into a stage's part. Raises `RunError` that says which tensors differ, and why."
+    "Put weights from elsewhere into a stage's part. Raises `RunError` that says what differs, and why."
     given = repo_root() / source
     part = RunFolder(given).part(model, stage.name)
     path = part / "weights.safetensors" if given.is_dir() else given
@@ -256,6 +256,7 @@ def _train_up_to(session: Session, data: RunData, world: WorldModel, name: str) 
         if stage.name != name and _needs(session, model, stage):
             folder = session.folder.part(model, stage.name)
             raise RunError(f"{name} of {model} needs the weights of {stage.name}, and {folder} has none; "
-                           f"run the stage {stage.name} first, or name a run that has it in {stage.section}.load")
+                           f"run the stage {stage.name} first, "
+                           f"or name a run that has it in {stage.section}.load")
         train_stage(session, data, world, stage)
         if stage.name == name: return
