@@ -11,9 +11,9 @@ export GOMP_SPINCOUNT = 1000
 export PLOTLY_RENDERER = plotly_mimetype
 export PYTHONWARNINGS = ignore::DeprecationWarning:zmq
 
-.PHONY: help demo run lab test bench sample readme export
+.PHONY: help demo run lab test style bench sample readme export
 help:
-	@echo "make demo | run | lab | test | bench | sample | readme | export"
+	@echo "make demo | run | lab | test | style | bench | sample | readme | export"
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,29 +31,35 @@ demo run: .venv/core
 .PHONY: experiment
 experiment:
 	@mkdir -p $(RUNS)
-	@grep -qs '"finished"' $(RUNS)/$(RUN)/status.json || $(BIN)/papermill nbs/70_run_experiment.ipynb $(RUNS)/$(RUN).ipynb --no-progress-bar --stdout-file - --stderr-file - -p run $(RUN) -p preset $(PRESET)
-	$(BIN)/papermill nbs/71_run_report.ipynb $(RUNS)/$(RUN).report.ipynb --no-progress-bar -p run $(RUN)
+	@grep -qs '"finished"' $(RUNS)/$(RUN)/status.json || $(BIN)/papermill nbs/7_run/70_run_experiment.ipynb $(RUNS)/$(RUN).ipynb --no-progress-bar --stdout-file - --stderr-file - -p run $(RUN) -p preset $(PRESET)
+	$(BIN)/papermill nbs/7_run/71_run_report.ipynb $(RUNS)/$(RUN).report.ipynb --no-progress-bar -p run $(RUN)
 	@if [ -f $(RUNS)/$(RUN).ipynb ]; then mv $(RUNS)/$(RUN).ipynb $(RUNS)/$(RUN)/run.ipynb; fi; rm -f $(RUNS)/$(RUN).report.ipynb
 	@echo "The report: $(RUNS)/$(RUN)/report.html"
 
 lab: .venv/core
 	$(BIN)/python -m jupyterlab --ip=127.0.0.1 nbs
 
-# Everything proven: notebooks, then pytest (browser included, once there is one); the time of each part is printed
+# Lint and density, then every notebook, then pytest with a browser; the time of each part is printed
 test: .venv/dev
 	@if command -v chromium >/dev/null; then echo "chromium: $$(command -v chromium)"; elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then echo "installing chromium by apt"; (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation >/dev/null) || echo "chromium could not be installed: browser tests will be skipped"; else echo "no chromium, and no right to install it: browser tests will be skipped (apt-get install chromium)"; fi
+	@$(MAKE) --no-print-directory style
 	@began=$$(date +%s); $(BIN)/nbdev-test --n-workers 2 --timing && echo "notebooks: $$(($$(date +%s) - began)) s"
 	@began=$$(date +%s); $(BIN)/python -m pytest --durations 10 && echo "pytest: $$(($$(date +%s) - began)) s"
+
+# One thought a line: ruff, and how dense package, tests and notebooks are
+style: .venv/dev
+	$(BIN)/ruff check worldmodels_nb tests
+	$(BIN)/python tests/style.py
 
 bench: .venv/dev
 	$(BIN)/python -m pytest tests --benchmark-only --benchmark-columns=min,median,max,ops -s
 
 # The committed sample dataset, made again: the same bytes
 sample: .venv/core
-	$(BIN)/python -c "from worldmodels_nb.episodes import make_sample; print(make_sample())"
+	$(BIN)/python -c "from worldmodels_nb.data.datasets import make_sample; print(make_sample())"
 
 readme: .venv/core
-	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g" | awk '/^```/ {open = !open; if (open && $$0 == "```") $$0 = "```python"} 1' > $(README)
+	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g; s|](\([0-9]_[a-z]*/\)|](nbs/\1|g" | awk '/^```/ {open = !open; if (open && $$0 == "```") $$0 = "```python"} 1' > $(README)
 
 export: .venv/core
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

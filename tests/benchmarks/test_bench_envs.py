@@ -1,6 +1,8 @@
-"How fast frames are made. Runs with `pytest --benchmark-only`; extra_info['frames_per_second'] is what to read."
+"How fast frames are made: read extra_info['frames_per_second']. Run: pytest --benchmark-only."
+
 import numpy as np
 import pytest
+
 from worldmodels_nb.data.collect import gather
 from worldmodels_nb.data.envs import FrameEnv, FrameVector, to_frames
 from worldmodels_nb.data.tworooms import TwoRooms
@@ -8,7 +10,8 @@ from worldmodels_nb.settings import EnvSettings, load_settings
 
 
 def frames_per_second(benchmark, frames):
-    if benchmark.stats: benchmark.extra_info["frames_per_second"] = round(frames / benchmark.stats["min"])
+    if benchmark.stats:
+        benchmark.extra_info["frames_per_second"] = round(frames / benchmark.stats["min"])
 
 
 @pytest.mark.parametrize("wall", ["fixed", "random"])
@@ -17,7 +20,8 @@ def test_bench_two_rooms_step_and_render(benchmark, wall):
     states, actions = room.reset(1024, rng), rng.uniform(-1, 1, (1024, 2))
     benchmark(lambda: room.render(room.step(states, actions)[0]))
     frames_per_second(benchmark, 1024)
-    if benchmark.stats: assert 1024 / benchmark.stats["min"] > 20_000
+    if benchmark.stats:
+        assert 1024 / benchmark.stats["min"] > 20_000
 
 
 def test_bench_two_rooms_step_only(benchmark):
@@ -46,14 +50,19 @@ def test_bench_resize(benchmark, shape):
 def test_bench_frame_env(benchmark, id):
     env = FrameEnv(EnvSettings(id=id))
     action = env.action.zeros(1)[0]
+
     def ten_steps():
         env.reset(0)
-        for _ in range(8): env.step(action)
+        for _ in range(8):
+            env.step(action)
+
     benchmark(ten_steps)
     frames_per_second(benchmark, 9)
 
 
 def test_bench_gather_two_rooms(benchmark):
     settings = load_settings(overrides={"collect.episodes": 128, "collect.steps": 32})
-    benchmark.pedantic(lambda: [len(episode.frames) for episode in gather(settings, progress=False)], rounds=3)
+    benchmark.pedantic(
+        lambda: [len(episode.frames) for episode in gather(settings, progress=False)], rounds=3
+    )
     frames_per_second(benchmark, 128 * 33)

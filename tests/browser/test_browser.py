@@ -1,4 +1,5 @@
-"JupyterLab in a real browser: the walk through V-JEPA 2 runs from its menu, and its mask is redrawn from the keyboard."
+"JupyterLab in a real browser: the walk through V-JEPA 2 runs, and its mask is redrawn from the keyboard."
+
 import importlib.util
 import json
 import os
@@ -19,12 +20,26 @@ from worldmodels_nb.settings import repo_root
 ROOT = repo_root(Path(__file__).parent)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright (extra: dev)"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install --no-install-recommends chromium fonts-liberation"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("playwright") is None,
+        reason="no playwright: pip install playwright (extra: dev)",
+    ),
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="no Chromium: apt-get install --no-install-recommends chromium fonts-liberation",
+    ),
 ]
-WALK = "82_vjepa2.ipynb"
-PATIENCE = 300                                                    # seconds; machines are busy
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+WALK = "8_explore/82_vjepa2.ipynb"
+PATIENCE = 300  # seconds; machines are busy
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def free_port():
@@ -34,7 +49,8 @@ def free_port():
 
 
 def ask(url):
-    with urllib.request.urlopen(url, timeout=30) as answer: return json.load(answer)
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return json.load(answer)
 
 
 def wait_for(condition, what, server):
@@ -43,8 +59,10 @@ def wait_for(condition, what, server):
     while time.monotonic() < end:
         assert server.poll() is None, f"JupyterLab ended with {server.returncode} while waiting for {what}"
         try:
-            if found := condition(): return found
-        except (urllib.error.URLError, ConnectionError, TimeoutError): pass
+            if found := condition():
+                return found
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            pass
         time.sleep(0.2)
     pytest.fail(f"waited {PATIENCE} s for {what}")
 
@@ -56,26 +74,61 @@ def lab(tmp_path):
     shutil.copytree(ROOT / "nbs", notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     walk = nbformat.read(notebooks / WALK, as_version=4)
     for cell in walk.cells:
-        if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None           # what will be on the page has been computed there
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None  # what will be on the page has been computed there
     nbformat.write(walk, notebooks / WALK)
-    for name in ("settings.ini", "data"): (tmp_path / name).symlink_to(ROOT / name)          # the sample is found from the repository's root
-    folders = {name: home / name.lower() for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
-    for folder in folders.values(): folder.mkdir(parents=True)
+    for name in ("settings.ini", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)  # the sample is found from the repository's root
+    folders = {
+        name: home / name.lower()
+        for name in (
+            "JUPYTER_CONFIG_DIR",
+            "JUPYTER_DATA_DIR",
+            "JUPYTER_RUNTIME_DIR",
+            "IPYTHONDIR",
+            "JUPYTERLAB_SETTINGS_DIR",
+            "JUPYTERLAB_WORKSPACES_DIR",
+        )
+    }
+    for folder in folders.values():
+        folder.mkdir(parents=True)
     (folders["JUPYTER_CONFIG_DIR"] / "labconfig").mkdir()
-    (folders["JUPYTER_CONFIG_DIR"] / "labconfig" / "page_config.json").write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
+    (folders["JUPYTER_CONFIG_DIR"] / "labconfig" / "page_config.json").write_text(
+        json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}})
+    )
     log = (tmp_path / "lab.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--allow-root",
-         "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={notebooks}"],
-        cwd=notebooks, stdout=log, stderr=log, env=os.environ | {name: str(folder) for name, folder in folders.items()} | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home)})
+        [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            "--ServerApp.port_retries=0",
+            "--allow-root",
+            "--IdentityProvider.token=",
+            "--LabApp.expose_app_in_browser=True",
+            f"--ServerApp.root_dir={notebooks}",
+        ],
+        cwd=notebooks,
+        stdout=log,
+        stderr=log,
+        env=os.environ
+        | {name: str(folder) for name, folder in folders.items()}
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home)},
+    )
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: ask(f"{url}/api/status"), "the server", server)
         yield url, server
     finally:
         server.terminate()
-        try: server.wait(30)
-        except subprocess.TimeoutExpired: server.kill(); server.wait()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
         log.close()
 
 
@@ -83,27 +136,39 @@ def lab(tmp_path):
 def page():
     "A page of a headless Chromium with a fresh profile; always closed."
     from playwright.sync_api import expect, sync_playwright
+
     expect.set_options(timeout=PATIENCE * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=QUIET)
         try:
-            page = browser.new_page(viewport=dict(width=1300, height=20_000))                  # tall: every cell is rendered
+            page = browser.new_page(viewport=dict(width=1300, height=20_000))  # tall: every cell is rendered
             page.set_default_timeout(PATIENCE * 1000)
             yield page
-        finally: browser.close()
+        finally:
+            browser.close()
 
 
 def test_the_walk_in_jupyterlab(lab, page):
     from playwright.sync_api import expect
+
     url, server = lab
     page.goto(f"{url}/lab/tree/{WALK}")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
-    def kernel_is_idle(): return [s for s in ask(f"{url}/api/sessions") if s["kernel"]["connections"] > 0 and s["kernel"]["execution_state"] == "idle"]
+
+    def kernel_is_idle():
+        return [
+            s
+            for s in ask(f"{url}/api/sessions")
+            if s["kernel"]["connections"] > 0 and s["kernel"]["execution_state"] == "idle"
+        ]
+
     wait_for(kernel_is_idle, "a kernel", server)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     expect(page.locator(".jp-OutputArea-output", has_text="the walk is complete")).to_be_visible()
     wait_for(kernel_is_idle, "the last cell", server)
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error'], .jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    for kind in ("error", "stderr"):
+        said = page.locator(f".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.{kind}']")
+        assert said.count() == 0
 
     masks = page.locator(".wm-MaskExplorer")
     image, handle = masks.locator("img.wm-image"), masks.locator(".wm-seed .noUi-handle")

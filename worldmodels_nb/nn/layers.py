@@ -7,6 +7,7 @@ __all__ = ['ACTIVATIONS', 'frames_to_float', 'stack_frames', 'patch_grid', 'Acti
 
 # %% ../../nbs/1_nn/10_layers.ipynb #ae155d25
 from einops import rearrange
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data.envs import ActionSpec
@@ -34,7 +35,9 @@ def patch_grid(
     patch: int,  # side of a patch, px
 ) -> int:        # patches along one side
     "How many patches fit along a side. Raises `SettingsError` if something is left over."
-    if size % patch: raise SettingsError(f"frames of {size} px cannot be cut into patches of {patch} px; change the patch size, or env.size and collect again")
+    if size % patch:
+        raise SettingsError(f"frames of {size} px cannot be cut into patches of {patch} px; "
+                            "change the patch size, or env.size and collect again")
     return size // patch
 
 # %% ../../nbs/1_nn/10_layers.ipynb #2e7e0ec0
@@ -64,36 +67,44 @@ def mlp(
     "Linear layers with an activation (and dropout) between them, none after the last."
     layers: list[nn.Module] = []
     for i, (into, out) in enumerate(zip(widths, widths[1:])):
+        if i: layers.append(ACTIVATIONS[activation]())
+        if i and dropout: layers.append(nn.Dropout(dropout))
         layers.append(nn.Linear(into, out))
-        if i < len(widths) - 2: layers += [ACTIVATIONS[activation]()] + ([nn.Dropout(dropout)] if dropout else [])
     return nn.Sequential(*layers)
 
 # %% ../../nbs/1_nn/10_layers.ipynb #ab1ef039
 class Attention(nn.Module):
-    "Multi-head attention of tokens over themselves, or over a memory (Vaswani et al., 2017). Raises `SettingsError`."
+    "Attention of tokens over themselves, or over a memory (Vaswani et al., 2017). Raises `SettingsError`."
     def __init__(self,
         dim: int,             # D: token width
         heads: int,           # must divide dim
         dropout: float = 0.0, # share of attention weights dropped in training
     ):
         super().__init__()
-        if dim % heads: raise SettingsError(f"token width {dim} is not divisible by {heads} attention heads; change one of the two")
+        if dim % heads:
+            raise SettingsError(f"token width {dim} is not divisible by {heads} attention heads; "
+                                "change one of the two")
         self.heads, self.dropout = heads, dropout
-        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.query, self.key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
 
-    def forward(self,
-        x: Tensor,                     # queries (B, N, D)
-        memory: Tensor | None = None,  # keys and values (B, M, D); None attends to x itself
-        mask: Tensor | None = None,    # bool (N, M), True where looking is allowed
-    ) -> Tensor:                       # (B, N, D)
-        q = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.key_value(x if memory is None else memory), "b m (two h d) -> two b h m d", two=2, h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(rearrange(y, "b h n d -> b n (h d)"))
+# %% ../../nbs/1_nn/10_layers.ipynb #lay001
+@patch
+def forward(self: Attention,
+    x: Tensor,                     # queries (B, N, D)
+    memory: Tensor | None = None,  # keys and values (B, M, D); None attends to x itself
+    mask: Tensor | None = None,    # bool (N, M), True where looking is allowed
+) -> Tensor:                       # (B, N, D)
+    memory = x if memory is None else memory
+    q = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads)
+    k, v = rearrange(self.key_value(memory), "b m (two h d) -> two b h m d", two=2, h=self.heads)
+    dropout = self.dropout if self.training else 0.0
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, h, N, d)
+    return self.out(rearrange(y, "b h n d -> b n (h d)"))
 
 # %% ../../nbs/1_nn/10_layers.ipynb #730d83eb
 class Block(nn.Module):
-    "Pre-norm transformer block; with `cross`, also attends to a memory."
+    "Pre-norm transformer block; with `cross`, also attends to a memory. Raises `SettingsError`."
     def __init__(self,
         dim: int,             # D: token width
         heads: int,           # must divide dim
@@ -103,15 +114,18 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, dropout)
-        self.norm_cross, self.cross = (nn.LayerNorm(dim), Attention(dim, heads, dropout)) if cross else (None, None)
+        self.norm_cross = nn.LayerNorm(dim) if cross else None
+        self.cross = Attention(dim, heads, dropout) if cross else None
         self.norm2, self.mlp = nn.LayerNorm(dim), mlp([dim, mlp_dim, dim], "gelu", dropout)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self,
-        x: Tensor,                     # (B, N, D)
-        memory: Tensor | None = None,  # (B, M, D), for a block with `cross`
-        mask: Tensor | None = None,    # bool (N, N), True where looking is allowed
-    ) -> Tensor:                       # (B, N, D)
-        x = x + self.drop(self.attention(self.norm1(x), mask=mask))
-        if self.cross is not None: x = x + self.drop(self.cross(self.norm_cross(x), memory))
-        return x + self.drop(self.mlp(self.norm2(x)))
+# %% ../../nbs/1_nn/10_layers.ipynb #lay003
+@patch
+def forward(self: Block,
+    x: Tensor,                     # (B, N, D)
+    memory: Tensor | None = None,  # (B, M, D), for a block with `cross`
+    mask: Tensor | None = None,    # bool (N, N), True where looking is allowed
+) -> Tensor:                       # (B, N, D)
+    x = x + self.drop(self.attention(self.norm1(x), mask=mask))
+    if self.cross is not None: x = x + self.drop(self.cross(self.norm_cross(x), memory))
+    return x + self.drop(self.mlp(self.norm2(x)))
