@@ -21,7 +21,7 @@ from .. import __version__
 from .envs import ActionSpec
 from ..settings import write_json
 
-# %% ../../nbs/0_data/04_episodes.ipynb #678d0128
+# %% ../../nbs/0_data/04_episodes.ipynb #080de95b
 class DatasetError(ValueError):
     "A dataset that cannot be written, opened or used, in one sentence that names the file or setting."
 
@@ -31,7 +31,7 @@ class DataSpec:
     "What must be known of the data before a model can be built for it."
     frame_shape: tuple[int, int, int]  # (C, h, w) of one frame
     action: ActionSpec                 # how actions look
-    state_names: list[str]             # names of the S state numbers; empty where the environment has no state
+    state_names: list[str]             # names of the S state numbers; empty where there is no state
     position: list[int]                # which of them say where things are
 
     @classmethod
@@ -43,7 +43,7 @@ class DataSpec:
         action = ActionSpec(**record["action"])
         return cls(tuple(record["frame_shape"]), action, record["state_names"], record["position"])
 
-# %% ../../nbs/0_data/04_episodes.ipynb #35fdb8a8
+# %% ../../nbs/0_data/04_episodes.ipynb #b2c1278d
 @patch
 def layout(self: DataSpec) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     "For each array of a dataset: the types it may have, and the shape of one row."
@@ -64,7 +64,7 @@ class Episode:
     states: np.ndarray | None  # (L+1, S), where the environment has a physical state
     index: int = 0             # i: which episode of the collection
 
-# %% ../../nbs/0_data/04_episodes.ipynb #a6488d6c
+# %% ../../nbs/0_data/04_episodes.ipynb #3ccb5b4c
 def _check_rows(rows: dict[str, np.ndarray], layout: dict[str, tuple], L: int) -> None:
     if L < 1 or rows.keys() != layout.keys():
         raise DatasetError(f"an episode has {L} steps and {', '.join(rows)}; "
@@ -85,7 +85,8 @@ def as_rows(
     actions = np.concatenate([episode.actions, spec.action.zeros(1)])        # (L + 1,) or (L + 1, A)
     rewards = np.append(episode.rewards, np.float32(0))                      # (L + 1,)
     ends = np.arange(L + 1) == (L - 1 if episode.terminated else -1)         # (L + 1,)
-    rows = dict(frames=episode.frames, actions=actions, rewards=rewards, terminated=ends, lengths=np.array([L]))
+    rows = dict(frames=episode.frames, actions=actions, rewards=rewards, terminated=ends,
+                lengths=np.array([L]))
     if episode.states is not None: rows["states"] = episode.states           # (L + 1, S)
     _check_rows(rows, spec.layout(), L)
     return rows
@@ -108,20 +109,20 @@ class RowFile:
         about = dict(descr=np.lib.format.dtype_to_descr(self.dtype), fortran_order=False)
         np.lib.format.write_array_header_1_0(self.file, about | dict(shape=(self.n, *self.shape)))
 
-# %% ../../nbs/0_data/04_episodes.ipynb #291e4b2d
+# %% ../../nbs/0_data/04_episodes.ipynb #ec45d499
 @patch
 def append(
     self: RowFile,
     rows: np.ndarray,  # (n, *shape), of the file's type
 ) -> None:
-    "Write rows behind what is there. Raises `OSError`, for instance when the disk is full, and `DatasetError`."
+    "Write rows behind what is there. Raises `DatasetError`, and `OSError`, for instance on a full disk."
     if rows.dtype != self.dtype or rows.shape[1:] != self.shape:
         raise DatasetError(f"{self.file.name} grows by {self.dtype} rows of shape {self.shape}, "
                            f"not by {rows.dtype} {rows.shape[1:]}")
     self.file.write(np.ascontiguousarray(rows).data)
     self.n += len(rows)
 
-# %% ../../nbs/0_data/04_episodes.ipynb #edb63191
+# %% ../../nbs/0_data/04_episodes.ipynb #9e08959a
 @patch
 def close(self: RowFile) -> None:
     "Put the final number of rows into the header, and all bytes onto the disk. Raises `OSError`."
@@ -151,7 +152,7 @@ def _dead(path: Path) -> bool:
     pid = path.name.removeprefix(PARTIAL).split("-")[0]
     return pid.isdecimal() and not _alive(int(pid))
 
-# %% ../../nbs/0_data/04_episodes.ipynb #d0899330
+# %% ../../nbs/0_data/04_episodes.ipynb #ce11a011
 def sweep_partial(
     folder: Path,  # where datasets are made
 ) -> list[str]:    # names of what was removed
@@ -161,7 +162,7 @@ def sweep_partial(
     for path in left: shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in left]
 
-# %% ../../nbs/0_data/04_episodes.ipynb #1b784fac
+# %% ../../nbs/0_data/04_episodes.ipynb #51abe38d
 def start_partial(
     final: Path,  # the file or folder that is to appear whole
 ) -> Path:        # an empty folder beside it, named after this process
@@ -175,7 +176,7 @@ def start_partial(
 def whole_folder(
     final: Path,  # the folder that is to appear whole; must not exist
 ) -> Iterator[Path]:  # a temporary folder beside it
-    "Build a folder that appears when the block ends well, and not at all otherwise. Raises `FileExistsError`."
+    "Build a folder that appears when the block ends well, and not otherwise. Raises `FileExistsError`."
     if final.exists(): raise FileExistsError(f"{final} is there already")
     temporary = start_partial(final)
     try:
@@ -197,13 +198,13 @@ def _write_rows(path: Path, shape: tuple[int, ...], dtype: str, parts: Iterator[
         file = RowFile(temporary / path.name, dtype, shape[1:])
         try:
             for part in parts: file.append(part)
-            if file.n != shape[0]: raise DatasetError(f"{path} would hold {file.n} rows in place of {shape[0]}")
+            if file.n != shape[0]: raise DatasetError(f"{path} would hold {file.n} rows, not {shape[0]}")
             file.close()
         finally: file.abandon()
         os.replace(temporary / path.name, path)
     finally: shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../../nbs/0_data/04_episodes.ipynb #82098b84
+# %% ../../nbs/0_data/04_episodes.ipynb #4f1a933c
 def cached_rows(
     path: Path,              # an .npy file, there or not
     shape: tuple[int, ...],  # of all rows
@@ -229,7 +230,8 @@ def file_hash(
     "SHA-256 of a file's bytes."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-def _json_hash(value: Any) -> str: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 def content_hash(
     record: dict,  # with its files and its spec
@@ -238,7 +240,7 @@ def content_hash(
     files = {name: about["sha256"] for name, about in record["files"].items()}
     return _json_hash(dict(files=files, spec=record["spec"]))
 
-# %% ../../nbs/0_data/04_episodes.ipynb #ec7a1260
+# %% ../../nbs/0_data/04_episodes.ipynb #5a7755f9
 def crosses_door(
     states: np.ndarray | None,  # (L + 1, S)
     names: list[str],           # of the S numbers
@@ -261,7 +263,8 @@ def make_record(
 ) -> dict:
     "The content of `dataset.json`."
     versions = dict(worldmodels_nb=__version__, gymnasium=gym.__version__, numpy=np.__version__)
-    files = {name: dict(bytes=path.stat().st_size, sha256=file_hash(path)) for name, path in sorted(paths.items())}
+    files = {name: dict(bytes=path.stat().st_size, sha256=file_hash(path))
+             for name, path in sorted(paths.items())}
     share = None if None in crossed else sum(crossed) / len(crossed)
     record = dict(schema_version=SCHEMA, settings=settings, spec=asdict(spec), counts=_counts(lengths),
                   door_crossing_share=share, versions=versions, files=files)
@@ -282,7 +285,7 @@ def disk_errors(
 
 # %% ../../nbs/0_data/04_episodes.ipynb #2ee5ab0b
 class EpisodeWriter:
-    "Streams episodes into a folder that appears whole when the `with` block ends well, and not at all otherwise."
+    "Streams episodes into a folder that appears whole when the `with` block ends well, or not at all."
     def __init__(
         self,
         folder: str | Path,          # the dataset's folder; must not exist
@@ -302,7 +305,7 @@ class EpisodeWriter:
         if problem[0]: return self.stack.__exit__(*problem)
         with disk_errors(self.folder), self.stack: self._finish()
 
-# %% ../../nbs/0_data/04_episodes.ipynb #4d58b0d8
+# %% ../../nbs/0_data/04_episodes.ipynb #7e073686
 @patch
 def add(
     self: EpisodeWriter,

@@ -35,13 +35,15 @@ class TwoRooms:
     ):
         if wall not in ("fixed", "random"):
             raise EnvError(f"Two Rooms knows wall = 'fixed' and 'random', not {wall!r}; change env.kwargs")
-        if size < 40: raise EnvError(f"Two Rooms needs a size of at least 40 px, not {size}; change env.kwargs")
+        if size < 40:
+            raise EnvError(f"Two Rooms needs a size of at least 40 px, not {size}; change env.kwargs")
         self.size = size
         self.diagonal = math.sqrt(2) * (size - 2 * self.border)  # of all that is free, px
         if wall == "fixed":
             self.walls, self.doors = np.array([size // 2]), np.array([3 * size // 8])  # x and y, px
         else:
-            self.walls, self.doors = np.arange(5 * size // 16, 11 * size // 16 + 1), np.arange(12, size - 11)
+            self.walls = np.arange(5 * size // 16, 11 * size // 16 + 1)
+            self.doors = np.arange(12, size - 11)
 
 # %% ../../nbs/0_data/02_tworooms.ipynb #25eb2f6f
 @patch

@@ -8,6 +8,7 @@ __all__ = ['DECODERS', 'TransformerDecoder', 'ConvDecoder', 'build_decoder']
 # %% ../../nbs/1_nn/12_decoders.ipynb #e9aa2c1d
 import math
 from einops import rearrange
+from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 from .layers import Block, patch_grid
@@ -15,7 +16,7 @@ from ..settings import DecoderSettings
 
 # %% ../../nbs/1_nn/12_decoders.ipynb #49784314
 class TransformerDecoder(nn.Module):
-    "Learnt query tokens, one per output patch, that look up a memory by cross-attention. Raises `SettingsError`."
+    "Query tokens, one per output patch, that look up a memory by cross-attention. Raises `SettingsError`."
     def __init__(self,
         memory_shape: tuple[int, int],  # (M, width); any number of tokens will do
         channels: int,        # channels to decode
@@ -26,18 +27,26 @@ class TransformerDecoder(nn.Module):
         self.patch, self.grid = s.patch_size, patch_grid(size, s.patch_size)
         self.queries = nn.Parameter(torch.randn(1, self.grid**2, s.dim))
         self.memory = nn.Linear(memory_shape[1], s.slots * s.dim)
-        self.blocks = nn.ModuleList(Block(s.dim, s.heads, s.mlp_dim, s.dropout, cross=True) for _ in range(s.depth))
+        blocks = (Block(s.dim, s.heads, s.mlp_dim, s.dropout, cross=True) for _ in range(s.depth))
+        self.blocks = nn.ModuleList(blocks)
         self.norm, self.to_pixels = nn.LayerNorm(s.dim), nn.Linear(s.dim, channels * s.patch_size**2)
-        nn.init.zeros_(self.to_pixels.weight); nn.init.zeros_(self.to_pixels.bias)
+        nn.init.zeros_(self.to_pixels.weight)
+        nn.init.zeros_(self.to_pixels.bias)
 
-    def forward(self,
-        memory: Tensor,  # (B, M, width)
-    ) -> Tensor:         # (B, channels, size, size)
-        x = self.queries.expand(len(memory), -1, -1)                                # (B, patches, dim)
-        memory = rearrange(self.memory(memory), "b m (s d) -> b (m s) d", d=x.shape[-1])   # (B, M·slots, dim)
-        for block in self.blocks: x = block(x, memory)
-        x = self.to_pixels(self.norm(x))                                                # (B, patches, C·p·p)
-        return rearrange(x, "b (i j) (c p q) -> b c (i p) (j q)", i=self.grid, p=self.patch, q=self.patch)
+# %% ../../nbs/1_nn/12_decoders.ipynb #dec002
+@patch
+def forward(self: TransformerDecoder,
+    memory: Tensor,  # (B, M, width)
+) -> Tensor:         # (B, channels, size, size)
+    x, p = self.queries.expand(len(memory), -1, -1), self.patch                      # (B, patches, dim)
+    memory = rearrange(self.memory(memory), "b m (s d) -> b (m s) d", d=x.shape[-1]) # (B, M·slots, dim)
+    for block in self.blocks: x = block(x, memory)
+    x = self.to_pixels(self.norm(x))                                                 # (B, patches, C·p·p)
+    return rearrange(x, "b (i j) (c p q) -> b c (i p) (j q)", i=self.grid, p=p, q=p)
+
+# %% ../../nbs/1_nn/12_decoders.ipynb #dec003
+def _double(into: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(into, 4 * out, 3, padding=1), nn.PixelShuffle(2), nn.GELU())
 
 # %% ../../nbs/1_nn/12_decoders.ipynb #aff01b53
 class ConvDecoder(nn.Module):
@@ -52,12 +61,14 @@ class ConvDecoder(nn.Module):
         doublings, inputs = max(1, int(math.log2(max(size / 16, 1)))), math.prod(memory_shape)
         self.size, side = size, math.ceil(size / 4 / 2**doublings)
         widths = [2 * s.channels] * doublings + [s.channels]
-        self.map = nn.Sequential(nn.Flatten(), nn.LayerNorm(inputs), nn.Linear(inputs, widths[0] * side**2), nn.GELU(),
-                                 nn.Dropout(s.dropout), nn.Unflatten(1, (widths[0], side, side)))
-        self.grow = nn.Sequential(*[nn.Sequential(nn.Conv2d(into, 4 * out, 3, padding=1), nn.PixelShuffle(2), nn.GELU())
-                                    for into, out in zip(widths, widths[1:])])
-        self.to_pixels = nn.Sequential(nn.Conv2d(s.channels, 16 * channels, 3, padding=1), nn.PixelShuffle(4))
-        nn.init.zeros_(self.to_pixels[0].weight); nn.init.zeros_(self.to_pixels[0].bias)
+        into_grid = nn.Linear(inputs, widths[0] * side**2), nn.GELU(), nn.Dropout(s.dropout)
+        self.map = nn.Sequential(nn.Flatten(), nn.LayerNorm(inputs), *into_grid,
+                                 nn.Unflatten(1, (widths[0], side, side)))
+        self.grow = nn.Sequential(*[_double(into, out) for into, out in zip(widths, widths[1:])])
+        last = nn.Conv2d(s.channels, 16 * channels, 3, padding=1)
+        self.to_pixels = nn.Sequential(last, nn.PixelShuffle(4))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self,
         memory: Tensor,  # (B, M, width)
@@ -74,5 +85,5 @@ def build_decoder(
     size: int,                      # side of the frame in px
     s: DecoderSettings,             # type, and what that type needs
 ) -> nn.Module:                     # (B, M, width) -> (B, channels, size, size)
-    "A fresh decoder by `decoder.type`; it paints zeros until it has learnt. Raises `SettingsError`."
+    "A fresh decoder by `decoder.type`; it decodes to zeros until it has learnt. Raises `SettingsError`."
     return DECODERS[s.type](memory_shape, channels, size, s)

@@ -8,6 +8,7 @@ __all__ = ['ENCODERS', 'PatchEncoder', 'CnnEncoder', 'sincos_positions', 'VitEnc
 # %% ../../nbs/1_nn/11_encoders.ipynb #04e30af2
 import math
 from einops import rearrange
+from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 from .layers import ACTIVATIONS, Block, mlp, patch_grid
@@ -22,8 +23,9 @@ class PatchEncoder(nn.Module):
         s: Settings,    # model.latent_dim, model.patch_size, model.tokens, encoder.patch.channels
     ):
         super().__init__()
-        width, grid = s.encoder.patch.channels, math.ceil(patch_grid(size, s.model.patch_size) / 2)
-        self.convs = nn.Sequential(nn.Conv2d(channels, width, s.model.patch_size, s.model.patch_size), nn.ReLU(),
+        width, patch_size = s.encoder.patch.channels, s.model.patch_size
+        grid = math.ceil(patch_grid(size, patch_size) / 2)
+        self.convs = nn.Sequential(nn.Conv2d(channels, width, patch_size, patch_size), nn.ReLU(),
                                    nn.Conv2d(width, width, 3, 2, 1), nn.ReLU())
         self.readout = TokenReadout(width, grid, s.model.latent_dim, s.model.tokens)
         self.latent_shape = self.readout.latent_shape
@@ -46,31 +48,42 @@ class TokenReadout(nn.Module):
     ):
         super().__init__()
         self.tokens, into = tokens, width if tokens else width * grid**2
-        self.linear = nn.Sequential(nn.LayerNorm(into), nn.Dropout(dropout), mlp([into] + ([hidden] if hidden else []) + [dim]))
+        widths = [into, hidden, dim] if hidden else [into, dim]
+        self.linear = nn.Sequential(nn.LayerNorm(into), nn.Dropout(dropout), mlp(widths))
         self.norm = nn.LayerNorm(dim)
         self.latent_shape = (grid**2 if tokens else 1, dim)
 
-    def forward(self,
-        x: Tensor,  # (B, width, grid, grid)
-    ) -> Tensor:    # (B, N, D)
-        x = rearrange(x, "b c h w -> b (h w) c") if self.tokens else x.flatten(1).unsqueeze(1)
-        return self.norm(self.linear(x))
+# %% ../../nbs/1_nn/11_encoders.ipynb #enc002
+@patch
+def forward(self: TokenReadout,
+    x: Tensor,  # (B, width, grid, grid)
+) -> Tensor:    # (B, N, D)
+    x = rearrange(x, "b c h w -> b (h w) c") if self.tokens else x.flatten(1).unsqueeze(1)
+    return self.norm(self.linear(x))
+
+# %% ../../nbs/1_nn/11_encoders.ipynb #enc003
+def _shrunk(side: int, size: int, layer: int, s: Settings) -> int:
+    c = s.encoder.cnn
+    side = (side + 2 * c.padding - c.kernel_size) // c.stride + 1
+    if side >= 1: return side
+    raise SettingsError(f"encoder.cnn.layers = {c.layers} shrinks a frame of {size} px to nothing "
+                        f"at layer {layer}; use fewer layers or a smaller encoder.cnn.stride")
 
 # %% ../../nbs/1_nn/11_encoders.ipynb #9c74ee56
 class CnnEncoder(nn.Module):
-    "Stride-2 convolutions, each doubling the channels, and a linear readout."
+    "Stride-2 convolutions, each doubling the channels, and a linear readout. Raises `SettingsError`."
     def __init__(self,
         channels: int,  # input channels F·C
         size: int,      # side of the frame in px
-        s: Settings,    # the [cnn] section, model.latent_dim, model.tokens
+        s: Settings,    # encoder.cnn, model.latent_dim, model.tokens
     ):
         super().__init__()
         c, layers, width, side = s.encoder.cnn, [], channels, size
         for i in range(c.layers):
             out = c.base_filters * 2**i
-            layers += [nn.Conv2d(width, out, c.kernel_size, c.stride, c.padding), ACTIVATIONS[c.activation]()]
-            width, side = out, (side + 2 * c.padding - c.kernel_size) // c.stride + 1
-            if side < 1: raise SettingsError(f"encoder.cnn.layers = {c.layers} shrinks a frame of {size} px to nothing at layer {i + 1}; use fewer layers or a smaller encoder.cnn.stride")
+            layers.append(nn.Conv2d(width, out, c.kernel_size, c.stride, c.padding))
+            layers.append(ACTIVATIONS[c.activation]())
+            width, side = out, _shrunk(side, size, i + 1, s)
         self.convs = nn.Sequential(*layers)
         self.readout = TokenReadout(width, side, s.model.latent_dim, s.model.tokens, c.hidden, c.dropout)
         self.latent_shape = self.readout.latent_shape
@@ -85,8 +98,10 @@ def sincos_positions(
     grid: int,  # side of the token grid
     dim: int,   # D, divisible by 4
 ) -> Tensor:    # (grid², D)
-    "Fixed 2-D sine-cosine position embedding: half the width for the row, half for the column. Raises `SettingsError`."
-    if dim % 4: raise SettingsError(f"model.latent_dim = {dim} is not divisible by 4, which sine-cosine positions need; change it")
+    "Fixed 2-D sine-cosine positions: half the width for the row, half for the column. Raises `SettingsError`."
+    if dim % 4:
+        raise SettingsError(f"model.latent_dim = {dim} is not divisible by 4, which sine-cosine positions need; "
+                            "change it")
     rates = 10000 ** (-torch.arange(dim // 4) / (dim // 4))             # (D/4,)
     angle = torch.arange(grid)[:, None] * rates                         # (grid, D/4)
     one = torch.cat([angle.sin(), angle.cos()], dim=1)                  # (grid, D/2)
@@ -98,26 +113,29 @@ class VitEncoder(nn.Module):
     def __init__(self,
         channels: int,  # input channels F·C
         size: int,      # side of the frame in px, divisible by the patch
-        s: Settings,    # the [vit] section, model.latent_dim, model.patch_size, model.tokens
+        s: Settings,    # encoder.vit, model.latent_dim, model.patch_size, model.tokens
     ):
         super().__init__()
         v, dim, grid = s.encoder.vit, s.model.latent_dim, patch_grid(size, s.model.patch_size)
         self.embed = nn.Conv2d(channels, dim, s.model.patch_size, s.model.patch_size)
         self.register_buffer("positions", sincos_positions(grid, dim), persistent=False)
-        self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if v.pool == "cls" and not s.model.tokens else None
+        self.pool = not s.model.tokens
+        self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if v.pool == "cls" and self.pool else None
         self.blocks = nn.ModuleList(Block(dim, v.heads, v.mlp_dim, v.dropout) for _ in range(v.depth))
-        self.drop, self.norm, self.pool = nn.Dropout(v.emb_dropout), nn.LayerNorm(dim), not s.model.tokens
+        self.drop, self.norm = nn.Dropout(v.emb_dropout), nn.LayerNorm(dim)
         self.latent_shape = (1 if self.pool else grid**2, dim)
 
-    def forward(self,
-        x: Tensor,   # (B, F·C, h, w)
-    ) -> Tensor:     # (B, N, D)
-        x = rearrange(self.embed(x), "b d h w -> b (h w) d") + self.positions   # (B, N, D)
-        if self.cls is not None: x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1)
-        x = self.drop(x)
-        for block in self.blocks: x = block(x)
-        if self.pool: x = x[:, :1] if self.cls is not None else x.mean(1, keepdim=True)
-        return self.norm(x)
+# %% ../../nbs/1_nn/11_encoders.ipynb #enc006
+@patch
+def forward(self: VitEncoder,
+    x: Tensor,   # (B, F·C, h, w)
+) -> Tensor:     # (B, N, D)
+    x = rearrange(self.embed(x), "b d h w -> b (h w) d") + self.positions           # (B, N, D)
+    if self.cls is not None: x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1)
+    x = self.drop(x)
+    for block in self.blocks: x = block(x)
+    if self.pool: x = x[:, :1] if self.cls is not None else x.mean(1, keepdim=True)  # (B, 1, D)
+    return self.norm(x)
 
 # %% ../../nbs/1_nn/11_encoders.ipynb #33730b4c
 class MlpEncoder(nn.Module):
@@ -125,13 +143,13 @@ class MlpEncoder(nn.Module):
     def __init__(self,
         channels: int,  # input channels F·C
         size: int,      # side of the frame in px
-        s: Settings,    # the [mlp] section, model.latent_dim
+        s: Settings,    # encoder.mlp, model.latent_dim
     ):
         super().__init__()
-        m = s.encoder.mlp
-        self.net = mlp([channels * size**2] + [m.hidden] * m.layers + [s.model.latent_dim], m.activation, m.dropout)
-        self.norm = nn.LayerNorm(s.model.latent_dim)
-        self.latent_shape = (1, s.model.latent_dim)
+        m, dim = s.encoder.mlp, s.model.latent_dim
+        self.net = mlp([channels * size**2] + [m.hidden] * m.layers + [dim], m.activation, m.dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.latent_shape = (1, dim)
 
     def forward(self,
         x: Tensor,   # (B, F·C, h, w)
@@ -147,5 +165,6 @@ def build_encoder(
 ) -> nn.Module:                    # (B, F·C, h, w) -> (B, N, D); its `latent_shape` is (N, D)
     "A fresh encoder for stacked frames. Raises `SettingsError`."
     channels, height, width = frame_shape
-    if height != width: raise SettingsError(f"frames of {height}×{width} px are not square; set env.size and collect again")
+    if height != width:
+        raise SettingsError(f"frames of {height}×{width} px are not square; set env.size and collect again")
     return ENCODERS[settings.model.encoder](channels * settings.model.frame_stack, height, settings)

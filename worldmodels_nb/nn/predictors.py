@@ -8,6 +8,7 @@ __all__ = ['PREDICTORS', 'Predictor', 'GRUPredictor', 'MLPPredictor', 'Transform
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #f1387f89
 import math
+from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 from ..data.envs import ActionSpec
@@ -32,13 +33,17 @@ class Predictor(nn.Module):
         "The next latent."
         raise NotImplementedError
 
-    def forward(self,
-        z: Tensor,        # where to start (B, N, D)
-        actions: Tensor,  # (B, H) or (B, H, A)
-    ) -> Tensor:          # (B, H, N, D)
-        steps = []
-        for a in self.action(actions).unbind(1): steps.append(z := self.step(z, a))
-        return torch.stack(steps, dim=1)
+# %% ../../nbs/1_nn/13_predictors.ipynb #pre001
+@patch
+def forward(self: Predictor,
+    z: Tensor,        # where to start (B, N, D)
+    actions: Tensor,  # (B, H) or (B, H, A)
+) -> Tensor:          # (B, H, N, D)
+    steps = []
+    for a in self.action(actions).unbind(1):  # (B, E) each
+        z = self.step(z, a)
+        steps.append(z)
+    return torch.stack(steps, dim=1)
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #68edee2e
 class GRUPredictor(Predictor):
@@ -50,14 +55,15 @@ class GRUPredictor(Predictor):
         s: PredictorSettings,  # dropout
     ):
         super().__init__(action, action_dim)
-        self.cell, self.drop, self.norm = nn.GRUCell(action_dim, dim), nn.Dropout(s.dropout), nn.LayerNorm(dim)
+        self.cell, self.drop = nn.GRUCell(action_dim, dim), nn.Dropout(s.dropout)
+        self.norm = nn.LayerNorm(dim)
 
     def step(self,
         z: Tensor,  # (B, N, D)
         a: Tensor,  # (B, E)
     ) -> Tensor:    # (B, N, D)
         "One update of the cell, for each token with the same action."
-        a = self.drop(a)[:, None].expand(-1, z.shape[1], -1)
+        a = self.drop(a)[:, None].expand(-1, z.shape[1], -1)                   # (B, N, E)
         return self.norm(self.cell(a.flatten(0, 1), z.flatten(0, 1))).view_as(z)
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #d3308f29
@@ -70,14 +76,15 @@ class MLPPredictor(Predictor):
         s: PredictorSettings,  # hidden, dropout
     ):
         super().__init__(action, action_dim)
-        self.net, self.norm = mlp([dim + action_dim, *s.hidden, dim], "relu", s.dropout), nn.LayerNorm(dim)
+        self.net = mlp([dim + action_dim, *s.hidden, dim], "relu", s.dropout)
+        self.norm = nn.LayerNorm(dim)
 
     def step(self,
         z: Tensor,  # (B, N, D)
         a: Tensor,  # (B, E)
     ) -> Tensor:    # (B, N, D)
         "One residual update, for each token with the same action."
-        a = a[:, None].expand(-1, z.shape[1], -1)
+        a = a[:, None].expand(-1, z.shape[1], -1)                              # (B, N, E)
         return self.norm(z + self.net(torch.cat([z, a], dim=-1)))
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #d9d50272
@@ -92,17 +99,21 @@ class TransformerPredictor(Predictor):
         super().__init__(action, action_dim)
         self.into, self.norm = nn.Linear(action_dim, dim), nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(Block(dim, s.heads, s.mlp_dim, s.dropout) for _ in range(s.depth))
-        self.register_buffer("places", torch.zeros(1, dim), persistent=False)   # (N, D)
+        self.register_buffer("positions", torch.zeros(1, dim), persistent=False)   # (N, D)
 
-    def step(self,
-        z: Tensor,  # (B, N, D); N is 1, or the cells of a square grid
-        a: Tensor,  # (B, E)
-    ) -> Tensor:    # (B, N, D)
-        "One round of looking at each other and at the action."
-        if len(self.places) != z.shape[1]: self.places = sincos_positions(math.isqrt(z.shape[1]), z.shape[2]).to(z.device)
-        x = torch.cat([z + self.places, self.into(a)[:, None]], dim=1)          # (B, N+1, D)
-        for block in self.blocks: x = block(x)
-        return self.norm(x[:, :-1] - self.places)
+# %% ../../nbs/1_nn/13_predictors.ipynb #pre002
+@patch
+def step(self: TransformerPredictor,
+    z: Tensor,  # (B, N, D); N is 1, or the cells of a square grid
+    a: Tensor,  # (B, E)
+) -> Tensor:    # (B, N, D)
+    "One round of looking at each other and at the action."
+    tokens, dim = z.shape[1:]
+    if len(self.positions) != tokens:
+        self.positions = sincos_positions(math.isqrt(tokens), dim).to(z.device)
+    x = torch.cat([z + self.positions, self.into(a)[:, None]], dim=1)          # (B, N+1, D)
+    for block in self.blocks: x = block(x)
+    return self.norm(x[:, :-1] - self.positions)
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #262a24fb
 PREDICTORS = dict(gru=GRUPredictor, mlp=MLPPredictor, transformer=TransformerPredictor)
