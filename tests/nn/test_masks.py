@@ -1,10 +1,23 @@
 "Which tokens are hidden: laws that hold for every grid, ratio and seed."
 import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings as budget, strategies as st
-from worldmodels_nb.nn.masks import block_mask, block_shape, cover, draw_masks, equal_shares, random_mask, scatter_blocks, tube_mask
+from hypothesis import given, strategies as st
+from hypothesis import settings as budget
+
+from worldmodels_nb.nn.masks import (
+    block_mask,
+    block_shape,
+    check_masks,
+    draw_masks,
+    equal_counts,
+    mask_frames,
+    random_mask,
+    scatter_blocks,
+    tube_mask,
+)
 from worldmodels_nb.settings import PretrainSettings, SettingsError
 
 GRIDS = [(1, 4, 4), (4, 4, 4), (4, 8, 8), (2, 8, 6), (8, 16, 16), (1, 2, 2), (3, 5, 7)]
@@ -37,21 +50,30 @@ def test_every_mask_keeps_the_laws(grid, masking):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("ratio", [0.35, 0.5, 0.75])
 def test_a_ratio_is_kept_to_the_token(grid, ratio):
-    steps, places = grid[0], grid[1] * grid[2]
+    steps, positions = grid[0], grid[1] * grid[2]
     context, targets = random_mask(3, grid, ratio, seeded())
-    assert targets.shape[1] == round(ratio * steps * places) and context.shape[1] + targets.shape[1] == steps * places
+    assert targets.shape[1] == round(ratio * steps * positions)
+    assert context.shape[1] + targets.shape[1] == steps * positions
     context, targets = tube_mask(3, grid, ratio, seeded())
-    assert targets.shape[1] == steps * round(ratio * places) and context.shape[1] + targets.shape[1] == steps * places
+    assert targets.shape[1] == steps * round(ratio * positions)
+    assert context.shape[1] + targets.shape[1] == steps * positions
 
 
-@pytest.mark.parametrize("mask", [lambda g: tube_mask(4, (3, 8, 8), 0.6, g), lambda g: block_mask(4, (3, 8, 8), 8, 0.15, (0.75, 1.5), g)], ids=["tubes", "blocks"])
-def test_tubes_and_blocks_hide_the_same_places_at_every_step(mask):
+TUBES_AND_BLOCKS = {
+    "tubes": lambda generator: tube_mask(4, (3, 8, 8), 0.6, generator),
+    "blocks": lambda generator: block_mask(4, (3, 8, 8), 8, 0.15, (0.75, 1.5), generator),
+}
+
+
+@pytest.mark.parametrize("mask", TUBES_AND_BLOCKS.values(), ids=TUBES_AND_BLOCKS)
+def test_tubes_and_blocks_hide_the_same_positions_at_every_step(mask):
     for part in mask(seeded(1)):
         per_step = part.view(4, 3, -1) % 64
-        assert (per_step == per_step[:, :1]).all() and (part.view(4, 3, -1) // 64 == torch.arange(3)[:, None]).all()
+        assert (per_step == per_step[:, :1]).all()
+        assert (part.view(4, 3, -1) // 64 == torch.arange(3)[:, None]).all()
 
 
-def test_hidden_places_of_a_single_block_are_a_rectangle():
+def test_hidden_positions_of_a_single_block_are_a_rectangle():
     for seed in range(30):
         hidden = scatter_blocks(5, (3, 2), 1, (8, 6), seeded(seed)).view(5, 8, 6)
         for one in hidden:
@@ -69,14 +91,33 @@ def test_every_position_of_a_block_is_equally_likely():
     assert ((count[:3, :2] - expected) ** 2 / expected).sum() < 20.5   # chi-squared, 5 degrees of freedom, p = .001
 
 
+def counted_visible(side, shape, blocks):
+    "How often each position stays visible, by counting every position of one block."
+    covered = np.zeros((side, side))
+    tops, lefts = side - shape[0] + 1, side - shape[1] + 1
+    for top, left in itertools.product(range(tops), range(lefts)):
+        covered[top:top + shape[0], left:left + shape[1]] += 1 / (tops * lefts)
+    return (1 - covered) ** blocks
+
+
 @pytest.mark.parametrize("side, blocks, scale", [(16, 8, .15), (16, 2, .7), (8, 8, .15)])
 def test_share_of_coverage_is_what_counting_all_positions_says(side, blocks, scale):
     shape = block_shape(side, side, scale, 1.0)
-    covered = np.zeros((side, side))
-    tops, lefts = side - shape[0] + 1, side - shape[1] + 1
-    for top, left in itertools.product(range(tops), range(lefts)): covered[top:top + shape[0], left:left + shape[1]] += 1 / (tops * lefts)
-    visible = (~scatter_blocks(20_000, shape, blocks, (side, side), seeded())).float().mean(0).view(side, side).numpy()
-    np.testing.assert_allclose(visible, (1 - covered) ** blocks, atol=0.018)
+    hidden = scatter_blocks(20_000, shape, blocks, (side, side), seeded())
+    visible = (~hidden).float().mean(0).view(side, side).numpy()
+    np.testing.assert_allclose(visible, counted_visible(side, shape, blocks), atol=0.018)
+
+
+@pytest.mark.parametrize("shape, blocks", [((3, 3), 8), ((7, 6), 2), ((8, 5), 2)])
+def test_share_visible_is_what_counting_says(shape, blocks):
+    visible = (~scatter_blocks(20_000, shape, blocks, (8, 8), seeded())).float().mean().item()
+    assert visible == pytest.approx(counted_visible(8, shape, blocks).mean(), abs=4e-3)
+
+
+def test_block_shapes_of_small_grids_are_whole_and_fit():
+    assert block_shape(16, 16, 0.15, 1.0) == (6, 6)
+    assert block_shape(2, 2, 0.15, 1.0) == (1, 1)
+    assert block_shape(16, 16, 0.7, 1.5) == (16, 11)
 
 
 def test_block_shapes_have_the_area_and_the_aspect_asked_for():
@@ -86,11 +127,11 @@ def test_block_shapes_have_the_area_and_the_aspect_asked_for():
             assert abs(height * width / 4096 - scale) < .03 and abs(height / width - aspect) < .1
 
 
-def test_what_is_given_up_for_equal_shares_is_drawn_evenly():
+def test_what_is_given_up_for_equal_counts_is_drawn_evenly():
     hidden = torch.zeros(3000, 6, dtype=torch.bool)
     hidden[:, :2] = True
     hidden[0, :4] = True                                              # this clip shows least: 2; the fewest hidden are 2
-    context, targets = equal_shares(hidden, seeded())
+    context, targets = equal_counts(hidden, seeded())
     assert context.shape == (3000, 2) and targets.shape == (3000, 2)
     count = torch.bincount(context[1:].flatten(), minlength=6)
     assert count[:2].sum() == 0 and (count[2:] / 2999 - .5).abs().max() < .04
@@ -110,30 +151,48 @@ def test_masks_follow_from_the_generator_and_nothing_else():
         s = PretrainSettings(masking=masking)
         torch.manual_seed(1)
         first = draw_masks(s, 4, (2, 8, 8), seeded(5))
-        torch.manual_seed(2); np.random.seed(3)
+        torch.manual_seed(2)
+        np.random.seed(3)
         before = torch.get_rng_state()
         second, other = draw_masks(s, 4, (2, 8, 8), seeded(5)), draw_masks(s, 4, (2, 8, 8), seeded(6))
         assert torch.equal(before, torch.get_rng_state())
-        assert all(torch.equal(a, b) for one, two in zip(first, second) for a, b in zip(one, two))
-        assert any(a.shape != b.shape or not torch.equal(a, b) for one, two in zip(first, other) for a, b in zip(one, two))
+        assert same_masks(first, second) and not same_masks(first, other)
 
 
-@given(steps=st.integers(1, 4), height=st.integers(1, 9), width=st.integers(1, 9), ratio=st.floats(.01, .99), masking=st.sampled_from(["blocks", "random", "tubes"]),
-       scale=st.floats(.01, .99), blocks=st.integers(1, 9), seed=st.integers(0, 1000))
+def same_masks(first, second):
+    pairs = [pair for one, two in zip(first, second) for pair in zip(one, two)]
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+@given(
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)), ratio=st.floats(.01, .99),
+    masking=st.sampled_from(["blocks", "random", "tubes"]), scale=st.floats(.01, .99),
+    blocks=st.integers(1, 9), seed=st.integers(0, 1000))
 @budget(max_examples=150, deadline=None)
-def test_any_grid_gives_a_mask_or_one_clear_error(steps, height, width, ratio, masking, scale, blocks, seed):
-    s, grid = PretrainSettings(masking=masking, ratio=ratio, blocks=[blocks], scales=[scale]), (steps, height, width)
+def test_any_grid_gives_a_mask_or_one_clear_error(grid, ratio, masking, scale, blocks, seed):
+    s = PretrainSettings(masking=masking, ratio=ratio, blocks=[blocks], scales=[scale])
     try: masks = draw_masks(s, 5, grid, seeded(seed))
     except SettingsError as error:
-        said = str(error)
-        assert "\n" not in said and f"{height}×{width}" in said
-        assert str(scale if masking == "blocks" else ratio) in said
+        message = str(error)
+        assert "\n" not in message and f"{grid[1]}×{grid[2]}" in message
+        assert str(scale if masking == "blocks" else ratio) in message
         return
     for mask in masks: check(mask, 5, grid)
 
 
-def test_covering_paints_hidden_patches_only():
+@pytest.mark.parametrize("grid", [(4, 8, 8), (1, 4, 4)], ids=str)
+def test_the_default_masks_leave_something_in_every_shape(grid):
+    check_masks(PretrainSettings(), grid)
+
+
+def test_masks_that_some_shape_makes_impossible_are_refused_before_training():
+    with pytest.raises(SettingsError, match="vjepa2.pretrain.scales"):
+        check_masks(PretrainSettings(scales=[.15, .97]), (1, 4, 4))
+
+
+def test_only_hidden_patches_turn_grey():
     frames = torch.randint(0, 100, (4, 3, 8, 12), dtype=torch.uint8)
-    covered = cover(frames, torch.tensor([0, 11]), (2, 2, 3), grey=200)
-    assert torch.equal(covered[:2, :, :4, :4], frames[:2, :, :4, :4]) and torch.equal(covered[2:, :, 4:, 8:], frames[2:, :, 4:, 8:])
-    assert (covered == 200).float().mean().item() == pytest.approx(10 / 12)
+    masked = mask_frames(frames, torch.tensor([0, 11]), (2, 2, 3), grey=200)
+    assert torch.equal(masked[:2, :, :4, :4], frames[:2, :, :4, :4])
+    assert torch.equal(masked[2:, :, 4:, 8:], frames[2:, :, 4:, 8:])
+    assert (masked == 200).float().mean().item() == pytest.approx(10 / 12)

@@ -98,10 +98,10 @@ def sincos_positions(
     grid: int,  # side of the token grid
     dim: int,   # D, divisible by 4
 ) -> Tensor:    # (grid², D)
-    "Fixed 2-D sine-cosine positions: half the width for the row, half for the column. Raises `SettingsError`."
+    "Fixed 2-D sine-cosine positions, half the width for row and column each. Raises `SettingsError`."
     if dim % 4:
-        raise SettingsError(f"model.latent_dim = {dim} is not divisible by 4, which sine-cosine positions need; "
-                            "change it")
+        raise SettingsError(f"model.latent_dim = {dim} is not divisible by 4, "
+                            "which sine-cosine positions need; change it")
     rates = 10000 ** (-torch.arange(dim // 4) / (dim // 4))             # (D/4,)
     angle = torch.arange(grid)[:, None] * rates                         # (grid, D/4)
     one = torch.cat([angle.sin(), angle.cos()], dim=1)                  # (grid, D/2)

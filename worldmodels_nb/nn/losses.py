@@ -16,7 +16,7 @@ def variance_loss(
     target: float = 1.0,  # γ: standard deviation each coordinate is to keep
     eps: float = 1e-4,    # keeps the root's slope finite at zero variance
 ) -> Tensor:              # scalar, the mean over …; 0 when every coordinate spreads enough
-    "Hinge on each coordinate's standard deviation over the samples (VICReg, eq. 1). Raises `ValueError` for one sample."
+    "Hinge on each coordinate's standard deviation (VICReg, eq. 1). Raises `ValueError` for one sample."
     if z.shape[-2] < 2: raise ValueError("a variance needs at least two samples; raise train.batch_size")
     std = torch.sqrt(z.var(dim=-2) + eps)                           # (…, D)
     return F.relu(target - std).mean()
@@ -25,7 +25,7 @@ def variance_loss(
 def covariance_loss(
     z: Tensor,  # latents (…, n, D); n ≥ 2
 ) -> Tensor:    # scalar, the mean over …; 0 when no coordinate repeats another
-    "Squared off-diagonal covariances, summed over one row's worth (VICReg, eq. 3-4). Raises `ValueError` for one sample."
+    "Squared off-diagonal covariances, a row's worth (VICReg, eq. 3-4). Raises `ValueError` for one sample."
     if z.shape[-2] < 2: raise ValueError("a covariance needs at least two samples; raise train.batch_size")
     centred = z - z.mean(dim=-2, keepdim=True)
     c = centred.mT @ centred / (z.shape[-2] - 1)                    # (…, D, D)
@@ -33,6 +33,16 @@ def covariance_loss(
     return off_diagonal.mean() / z.shape[-1]
 
 # %% ../../nbs/1_nn/16_losses.ipynb #d9f79a1b
+def _characteristic(shadows: Tensor, t: Tensor) -> Tensor:  # (…, n, K), (points,) from 0 -> (…, K, points)
+    angle = shadows * t[1]
+    first = torch.polar(torch.ones_like(angle), angle)              # exp(i t₁ x)
+    power, means = first, [torch.ones_like(first[..., 0, :])]
+    for _ in t[1:]:
+        means.append(power.mean(dim=-2))
+        power = power * first
+    return torch.stack(means, dim=-1)
+
+# %% ../../nbs/1_nn/16_losses.ipynb #los007
 def sigreg_loss(
     z: Tensor,              # latents (…, n, D)
     directions: int = 64,   # K: random directions, drawn anew at each call
@@ -40,16 +50,12 @@ def sigreg_loss(
     largest: float = 3.0,   # t*
     generator: torch.Generator | None = None,  # on z's device; None takes torch's global one
 ) -> Tensor:                # scalar, the mean over …; 0 for a standard normal without end
-    "Epps-Pulley distance of random one-dimensional shadows to N(0, 1) (LeJEPA's SIGReg, without its factor n)."
-    u = F.normalize(torch.randn(z.shape[-1], directions, generator=generator, device=z.device, dtype=z.dtype), dim=0)
+    "Epps-Pulley distance of random shadows to N(0, 1) (LeJEPA's SIGReg, without its factor n)."
+    u = torch.randn(z.shape[-1], directions, generator=generator, device=z.device, dtype=z.dtype)
     t = torch.linspace(0, largest, points, device=z.device, dtype=z.dtype)
-    angle = (z @ u) * t[1]                                          # (…, n, K)
-    first = torch.polar(torch.ones_like(angle), angle)
-    power, means = first, [torch.ones_like(first[..., 0, :])]
-    for _ in t[1:]: means.append(power.mean(dim=-2)); power = power * first
+    means = _characteristic(z @ F.normalize(u, dim=0), t)           # (…, K, points)
     normal = torch.exp(-t.square() / 2)                             # (points,)
-    distance = (torch.stack(means, dim=-1) - normal).abs().square() # (…, K, points)
-    return 2 * torch.trapezoid(distance * normal, t).mean()
+    return 2 * torch.trapezoid((means - normal).abs().square() * normal, t).mean()
 
 # %% ../../nbs/1_nn/16_losses.ipynb #5e97633d
 def smoothness_loss(

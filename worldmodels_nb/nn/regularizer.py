@@ -272,7 +272,7 @@ def _refuse(self: Regularizer, z: Tensor, predicted: Tensor | None) -> None:
 def forward(self: Regularizer,
     z: Tensor,                  # latents (B, T+1, N, D)
     actions: Tensor | None,     # (B, T) or (B, T, A); for terms in time
-    predicted: Tensor | None,   # (B, T, N, D): predicted[:, t] is the prediction of z[:, t+1]; None without one
+    predicted: Tensor | None,   # (B, T, N, D): predicted[:, t] is that of z[:, t+1]; None where there is none
 ) -> dict[str, Tensor]:         # scalars by name, not yet weighted
     "Each active term. Raises `SettingsError` for a missing view, and in training for a batch of one."
     self._refuse(z, predicted)

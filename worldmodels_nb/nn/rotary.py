@@ -40,7 +40,7 @@ def rotary_tables(
     positions: Tensor,   # (N, 3) or (B, N, 3): time, row, column; whole or fractional
     head_dim: int,       # d ≥ 6
     tiled: bool = True,  # as the released V-JEPA 2 weights were trained; False turns pairs properly
-) -> tuple[Tensor, Tensor]:  # sine and cosine, (N, d) or (B, N, d) each; float64 if positions are, else float32
+) -> tuple[Tensor, Tensor]:  # sine and cosine, (N, d) or (B, N, d) each; float32, or float64 as positions
     "The tables that turn queries and keys by their place (3-D rotary embedding, V-JEPA 2)."
     p = part_width(head_dim)
     positions = positions if positions.dtype == torch.float64 else positions.float()
