@@ -1,11 +1,13 @@
 "Small settings, random windows and models of both kinds of data, for the tests of all models."
 import pytest
 import torch
+from masked_tools import PATCH, SIDE, TUBELET, awake
 
 from worldmodels_nb.data.datasets import Batch, Windows
 from worldmodels_nb.data.envs import ActionSpec
 from worldmodels_nb.data.episodes import DataSpec
 from worldmodels_nb.models.base import fresh_model
+from worldmodels_nb.models.released import load_released
 from worldmodels_nb.settings import make_settings
 
 STEPS, BATCH = 5, 4
@@ -96,3 +98,39 @@ def sample_windows(sample):
 def sample_frames(sample):
     "All frames of the committed sample, uint8 (n, C, h, w)."
     return torch.from_numpy(sample.frames[:].copy())
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    "A tiny V-JEPA 2 of transformers, with weights large enough to matter."
+    transformers = pytest.importorskip("transformers", reason="transformers (extra: hf) is not installed")
+    torch.manual_seed(0)
+    config = transformers.VJEPA2Config(
+        patch_size=PATCH,
+        crop_size=SIDE,
+        frames_per_clip=4,
+        tubelet_size=TUBELET,
+        hidden_size=48,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        pred_hidden_size=36,
+        pred_num_attention_heads=3,
+        pred_num_hidden_layers=2,
+        pred_num_mask_tokens=3,
+        mlp_ratio=3.0,
+        pred_mlp_ratio=2.0,
+    )
+    return awake(transformers.VJEPA2Model(config)).eval()
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+    "It, as transformers saves it."
+    theirs.save_pretrained(tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def loaded(folder):
+    "It, as this project reads it."
+    return load_released(folder)

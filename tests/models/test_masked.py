@@ -1,85 +1,16 @@
-"V-JEPA 2's first stage against independent forms of itself: transformers, loops, interventions; and its files."
+"V-JEPA 2's first stage against independent forms of itself: transformers, loops, interventions."
+
 import copy
-import json
-import pickle
-import subprocess
-import sys
 
 import pytest
-import safetensors.torch
 import torch
+from masked_tools import GRID, PATCH, SIDE, TUBELET, awake, batch_of, clips, stage, two_masks
 from torch.nn import functional as F
 
-from worldmodels_nb.data.envs import ActionSpec
-from worldmodels_nb.data.datasets import Batch
-from worldmodels_nb.data.episodes import DataSpec
-from worldmodels_nb.models.released import IMAGENET_MEAN, IMAGENET_STD, ReleasedError, fill, load_released, read_released, released_path
-from worldmodels_nb.models.masked import MaskedPredictionModel, MaskedPredictor, MaskedViT, take
+from worldmodels_nb.models.masked import MaskedPredictor, MaskedViT, gather_tokens
 from worldmodels_nb.nn.masks import draw_masks
 from worldmodels_nb.nn.rotary import RotaryAttention, grid_positions, rotary_tables
-from worldmodels_nb.settings import SettingsError, make_settings
-
-torch.set_num_threads(1)
-GRID, SIDE, TUBELET, PATCH = (2, 4, 4), 16, 2, 4
-SMALL = dict(frames=4, tubelet_size=2, patch_size=4, dim=48, depth=2, heads=2, predictor_dim=24, predictor_depth=2, predictor_heads=2)
-
-
-def spec(channels=3, side=SIDE): return DataSpec((channels, side, side), ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0]), [], [])
-
-
-def stage(seed=0, channels=3, side=SIDE, **masked):
-    torch.manual_seed(seed)
-    return MaskedPredictionModel(make_settings({"env": {"size": side}, "masked": SMALL | masked}), spec(channels, side))
-
-
-def clips(seed=0, batch=6, frames=4, channels=3, side=SIDE):
-    "A bright square that moves over a fixed pattern."
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randint(0, 60, (1, 1, channels, side, side), generator=rng).repeat(batch, frames, 1, 1, 1)
-    for b in range(batch):
-        row, column, dr, dc = (int(torch.randint(lo, hi, (), generator=rng)) for lo, hi in ((0, side - 3), (0, side - 3), (-2, 3), (-2, 3)))
-        for t in range(frames):
-            r, c = min(max(row + dr * t, 0), side - 3), min(max(column + dc * t, 0), side - 3)
-            x[b, t, :, r:r + 3, c:c + 3] = 255
-    return x.to(torch.uint8)
-
-
-def batch_of(frames): return Batch(frames, None, None, None)
-
-
-def awake(module, seed=0, scale=4.0):
-    "Weights large enough for every path to matter, mask tokens and biases included."
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters(): p.add_(torch.randn(p.shape, generator=rng) * (0.02 * scale))
-    return module
-
-
-# --- the same as transformers -------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def theirs():
-    transformers = pytest.importorskip("transformers", reason="transformers (extra: hf) is not installed")
-    torch.manual_seed(0)
-    config = transformers.VJEPA2Config(patch_size=PATCH, crop_size=SIDE, frames_per_clip=4, tubelet_size=TUBELET, hidden_size=48, num_attention_heads=2, num_hidden_layers=3,
-                                       pred_hidden_size=36, pred_num_attention_heads=3, pred_num_hidden_layers=2, pred_num_mask_tokens=3, mlp_ratio=3.0, pred_mlp_ratio=2.0)
-    return awake(transformers.VJEPA2Model(config)).eval()
-
-
-@pytest.fixture
-def folder(theirs, tmp_path):
-    theirs.save_pretrained(tmp_path / "hub")
-    return tmp_path / "hub"
-
-
-@pytest.fixture
-def loaded(folder): return load_released(folder)
-
-
-def two_masks(batch=2):
-    rng = torch.Generator().manual_seed(3)
-    order = torch.rand(batch, 32, generator=rng).argsort(1)
-    return order[:, :12].sort(1).values, order[:, 12:27].sort(1).values
+from worldmodels_nb.settings import SettingsError
 
 
 def test_encoder_and_predictor_equal_transformers(theirs, loaded):
@@ -88,9 +19,11 @@ def test_encoder_and_predictor_equal_transformers(theirs, loaded):
     said = theirs(clip, context_mask=[context], target_mask=[targets])
     tokens = loaded.encoder(clip.transpose(1, 2))
     torch.testing.assert_close(tokens, said.last_hidden_state, atol=1e-5, rtol=0)
-    predicted = loaded.predictor(gather_tokens(tokens, context), context, targets, GRID, kind=1)  # transformers always takes mask token 1
+    predicted = loaded.predictor(
+        gather_tokens(tokens, context), context, targets, GRID, kind=1
+    )  # transformers always takes mask token 1
     torch.testing.assert_close(predicted, said.predictor_output.last_hidden_state, atol=1e-5, rtol=0)
-    assert predicted.std() > .1 and tokens.std() > .1
+    assert predicted.std() > 0.1 and tokens.std() > 0.1
 
 
 def test_gradients_equal_those_of_transformers(theirs, loaded):
@@ -101,82 +34,133 @@ def test_gradients_equal_those_of_transformers(theirs, loaded):
     theirs.zero_grad()
     said = theirs(x, context_mask=[context], target_mask=[targets])
     (said.predictor_output.last_hidden_state - goal).abs().mean().backward()
-    (loaded.predictor(gather_tokens(loaded.encoder(y.transpose(1, 2)), context), context, targets, GRID, kind=1) - goal).abs().mean().backward()
+    (
+        loaded.predictor(
+            gather_tokens(loaded.encoder(y.transpose(1, 2)), context), context, targets, GRID, kind=1
+        )
+        - goal
+    ).abs().mean().backward()
     torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=0)
     wanted = {name: p.grad for name, p in theirs.named_parameters()}
-    assert loaded.encoder.patch_embed.proj.weight.grad.shape == wanted["encoder.embeddings.patch_embeddings.proj.weight"].shape
-    for ours, name in ((loaded.encoder.patch_embed.proj.weight, "encoder.embeddings.patch_embeddings.proj.weight"), (loaded.encoder.norm.bias, "encoder.layernorm.bias"),
-                       (loaded.encoder.blocks[1].mlp.fc1.weight, "encoder.layer.1.mlp.fc1.weight"), (loaded.encoder.blocks[2].attn.proj.bias, "encoder.layer.2.attention.proj.bias"),
-                       (loaded.predictor.predictor_embed.weight, "predictor.embeddings.predictor_embeddings.weight"), (loaded.predictor.predictor_proj.bias, "predictor.proj.bias"),
-                       (loaded.predictor.predictor_blocks[0].norm1.weight, "predictor.layer.0.norm1.weight")):
+    assert (
+        loaded.encoder.patch_embed.proj.weight.grad.shape
+        == wanted["encoder.embeddings.patch_embeddings.proj.weight"].shape
+    )
+    for ours, name in (
+        (loaded.encoder.patch_embed.proj.weight, "encoder.embeddings.patch_embeddings.proj.weight"),
+        (loaded.encoder.norm.bias, "encoder.layernorm.bias"),
+        (loaded.encoder.blocks[1].mlp.fc1.weight, "encoder.layer.1.mlp.fc1.weight"),
+        (loaded.encoder.blocks[2].attn.proj.bias, "encoder.layer.2.attention.proj.bias"),
+        (loaded.predictor.predictor_embed.weight, "predictor.embeddings.predictor_embeddings.weight"),
+        (loaded.predictor.predictor_proj.bias, "predictor.proj.bias"),
+        (loaded.predictor.predictor_blocks[0].norm1.weight, "predictor.layer.0.norm1.weight"),
+    ):
         torch.testing.assert_close(ours.grad, wanted[name], atol=1e-4, rtol=0)
-    for part, kept in (("encoder", loaded.encoder.blocks[0]), ("predictor", loaded.predictor.predictor_blocks[1])):
+    for part, kept in (
+        ("encoder", loaded.encoder.blocks[0]),
+        ("predictor", loaded.predictor.predictor_blocks[1]),
+    ):
         i = 0 if part == "encoder" else 1
-        fused = torch.cat([wanted[f"{part}.layer.{i}.attention.{n}.weight"] for n in ("query", "key", "value")])
+        fused = torch.cat(
+            [wanted[f"{part}.layer.{i}.attention.{n}.weight"] for n in ("query", "key", "value")]
+        )
         torch.testing.assert_close(kept.attn.qkv.weight.grad, fused, atol=1e-4, rtol=0)
     tokens = wanted["predictor.embeddings.mask_tokens"]
     torch.testing.assert_close(loaded.predictor.mask_tokens[1].grad, tokens[1], atol=1e-4, rtol=0)
-    assert all(g is None or (g == 0).all() for g in (loaded.predictor.mask_tokens[0].grad, loaded.predictor.mask_tokens[2].grad)) and tokens[1].abs().max() > 0
+    assert (
+        all(
+            g is None or (g == 0).all()
+            for g in (loaded.predictor.mask_tokens[0].grad, loaded.predictor.mask_tokens[2].grad)
+        )
+        and tokens[1].abs().max() > 0
+    )
 
 
 def test_rotary_attention_equals_that_of_transformers(theirs):
     attention = copy.deepcopy(theirs.encoder.layer[0].attention)
     ours = RotaryAttention(48, 2)
     three = (attention.query, attention.key, attention.value)
-    ours.load_state_dict({"qkv.weight": torch.cat([m.weight for m in three]), "qkv.bias": torch.cat([m.bias for m in three]), "proj.weight": attention.proj.weight, "proj.bias": attention.proj.bias})
+    ours.load_state_dict(
+        {
+            "qkv.weight": torch.cat([m.weight for m in three]),
+            "qkv.bias": torch.cat([m.bias for m in three]),
+            "proj.weight": attention.proj.weight,
+            "proj.bias": attention.proj.bias,
+        }
+    )
     x = torch.randn(2, 32, 48, generator=torch.Generator().manual_seed(0))
     wanted, positions = attention(x)[0], grid_positions(*GRID)
     torch.testing.assert_close(ours(x, rotary_tables(positions, 24)), wanted, atol=1e-5, rtol=0)
-    assert (ours(x, rotary_tables(positions, 24, tiled=False)) - wanted).abs().max() > 1e-2  # the quirk matters
+    assert (
+        ours(x, rotary_tables(positions, 24, tiled=False)) - wanted
+    ).abs().max() > 1e-2  # the quirk matters
 
 
 def test_a_still_image_equals_transformers_on_one_frame(theirs, loaded):
     image = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(loaded.target.encode_images(image), theirs(image[:, None], skip_predictor=True).last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        loaded.target.encode_images(image),
+        theirs(image[:, None], skip_predictor=True).last_hidden_state,
+        atol=1e-5,
+        rtol=0,
+    )
 
 
-# --- tokens that are dropped --------------------------------------------------------------------------------------
+# --- tokens that are dropped ----------------------------------------------------------------------
+
 
 def hidden_by_attention(encoder, clip, keep):
     "The whole clip through the encoder, hidden tokens present but not looked at."
     rows, grid = encoder.patch_embed.patchify(clip)
     seen = torch.zeros(rows.shape[:2], dtype=torch.bool).scatter(1, keep, True)
     x, tables = encoder.patch_embed(rows), rotary_tables(grid_positions(*grid), encoder.head_dim)
-    for block in encoder.blocks: x = block(x, tables, mask=seen[:, None, None].expand(-1, 1, x.shape[1], -1))
+    for block in encoder.blocks:
+        x = block(x, tables, mask=seen[:, None, None].expand(-1, 1, x.shape[1], -1))
     return gather_tokens(encoder.norm(x), keep)
 
 
 def test_dropping_tokens_equals_hiding_them_from_attention():
     encoder = awake(MaskedViT(3, TUBELET, PATCH, 48, 3, 2))
     clip, (keep, _) = torch.randn(2, 3, 4, SIDE, SIDE), two_masks()
-    torch.testing.assert_close(encoder(clip, keep), hidden_by_attention(encoder, clip, keep), atol=1e-5, rtol=0)
-    assert (encoder(clip, keep) - gather_tokens(encoder(clip), keep)).abs().max() > 1e-2  # and is not the same as seeing all
+    torch.testing.assert_close(
+        encoder(clip, keep), hidden_by_attention(encoder, clip, keep), atol=1e-5, rtol=0
+    )
+    assert (
+        encoder(clip, keep) - gather_tokens(encoder(clip), keep)
+    ).abs().max() > 1e-2  # and is not the same as seeing all
 
 
 def test_hidden_pixels_have_no_influence_on_the_context():
     encoder = awake(MaskedViT(3, TUBELET, PATCH, 48, 3, 2))
     clip, (keep, _) = torch.randn(2, 3, 4, SIDE, SIDE, requires_grad=True), two_masks()
-    seen = torch.zeros(2, 32).scatter(1, keep, 1.).view(2, 1, *GRID)
-    for axis, size in ((2, TUBELET), (3, PATCH), (4, PATCH)): seen = seen.repeat_interleave(size, axis)   # (2, 1, 4, 16, 16)
+    seen = torch.zeros(2, 32).scatter(1, keep, 1.0).view(2, 1, *GRID)
+    for axis, size in ((2, TUBELET), (3, PATCH), (4, PATCH)):
+        seen = seen.repeat_interleave(size, axis)  # (2, 1, 4, 16, 16)
     said = encoder(clip, keep)
     changed = encoder(torch.where(seen.bool(), clip, 1e3 * torch.randn(clip.shape)), keep)
     assert torch.equal(said, changed)
     said.square().sum().backward()
-    assert (clip.grad * (1 - seen) == 0).all() and (clip.grad.abs().sum(1, keepdim=True)[seen.bool()] > 0).all()
+    assert (clip.grad * (1 - seen) == 0).all() and (
+        clip.grad.abs().sum(1, keepdim=True)[seen.bool()] > 0
+    ).all()
 
 
 @pytest.mark.parametrize("predictor", ["transformer", "mlp"])
 def test_hidden_pixels_reach_the_loss_only_through_the_target(predictor):
     model = stage(predictor=predictor)
-    awake(model.encoder); awake(model.predictor)
+    awake(model.encoder)
+    awake(model.predictor)
     frames = clips()
+
     def predictions(frames):
         rows, grid = model.encoder.patch_embed.patchify(model.preprocess(frames))
         context, targets = draw_masks(model.settings, 6, grid, torch.Generator().manual_seed(0))[0]
         return model.predictor(model.encoder.encode(rows, grid, context), context, targets, grid, 0), context
+
     before, context = predictions(frames)
     seen = torch.zeros(6, 32, dtype=torch.bool).scatter(1, context, True).view(6, 2, 1, 4, 4)
-    for axis, size in ((1, TUBELET), (3, PATCH), (4, PATCH)): seen = seen.repeat_interleave(size, axis)
+    for axis, size in ((1, TUBELET), (3, PATCH), (4, PATCH)):
+        seen = seen.repeat_interleave(size, axis)
     after, _ = predictions(torch.where(seen, frames, 255 - frames))
     assert torch.equal(before, after)
     assert not torch.equal(before, predictions(255 - frames)[0])
@@ -186,7 +170,12 @@ def test_the_order_of_tokens_makes_no_difference_to_the_predictor():
     predictor = awake(MaskedPredictor(48, 24, 2, 2, 2))
     context, targets = two_masks()
     x, shuffle = torch.randn(2, 12, 48), torch.randperm(12)
-    torch.testing.assert_close(predictor(x[:, shuffle], context[:, shuffle], targets, GRID), predictor(x, context, targets, GRID), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        predictor(x[:, shuffle], context[:, shuffle], targets, GRID),
+        predictor(x, context, targets, GRID),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_mask_tokens_begin_at_zero_and_are_cycled_by_kind():
@@ -196,7 +185,11 @@ def test_mask_tokens_begin_at_zero_and_are_cycled_by_kind():
     context, targets = two_masks()
     x = torch.randn(2, 12, 48)
     said = [predictor(x, context, targets, GRID, kind) for kind in range(4)]
-    assert torch.equal(said[0], said[3]) and not torch.allclose(said[0], said[1]) and not torch.allclose(said[1], said[2])
+    assert (
+        torch.equal(said[0], said[3])
+        and not torch.allclose(said[0], said[1])
+        and not torch.allclose(said[1], said[2])
+    )
 
 
 def test_tubelets_through_one_matrix_equal_the_convolution():
@@ -204,7 +197,12 @@ def test_tubelets_through_one_matrix_equal_the_convolution():
     clip = torch.randn(2, 3, 4, SIDE, SIDE)
     rows, grid = encoder.patch_embed.patchify(clip)
     assert grid == GRID
-    torch.testing.assert_close(encoder.patch_embed(rows), encoder.patch_embed.proj(clip).flatten(2).transpose(1, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        encoder.patch_embed(rows),
+        encoder.patch_embed.proj(clip).flatten(2).transpose(1, 2),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_an_image_is_a_clip_of_one_frame_repeated():
@@ -213,9 +211,14 @@ def test_an_image_is_a_clip_of_one_frame_repeated():
     assert torch.equal(encoder.encode_images(image), encoder(image[:, :, None].repeat(1, 1, TUBELET, 1, 1)))
 
 
-# --- the objective ------------------------------------------------------------------------------------------------
+# --- the objective --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("masked", [{}, {"masking": "random", "ratio": .5}, {"masking": "tubes", "ratio": .5}], ids=["blocks", "random", "tubes"])
+
+@pytest.mark.parametrize(
+    "masked",
+    [{}, {"masking": "random", "ratio": 0.5}, {"masking": "tubes", "ratio": 0.5}],
+    ids=["blocks", "random", "tubes"],
+)
 def test_loss_is_what_plain_loops_say(masked):
     model = stage(**masked)
     awake(model)
@@ -229,65 +232,102 @@ def test_loss_is_what_plain_loops_say(masked):
         for kind, (context, targets) in enumerate(masks):
             errors = []
             for b in range(6):
-                clip = ((frames[b:b + 1] / 255 - model.mean_frame) / model.frame_scale).transpose(1, 2)
+                clip = ((frames[b : b + 1] / 255 - model.mean_frame) / model.frame_scale).transpose(1, 2)
                 y = model.target(clip)[0]
-                said = model.predictor(model.encoder(clip, context[b:b + 1]), context[b:b + 1], targets[b:b + 1], GRID, kind)[0]
+                said = model.predictor(
+                    model.encoder(clip, context[b : b + 1]),
+                    context[b : b + 1],
+                    targets[b : b + 1],
+                    GRID,
+                    kind,
+                )[0]
                 for n, token in enumerate(targets[b]):
                     centred = (y[token] - y[token].mean()) / (y[token].var(correction=0) + 1e-5).sqrt()
                     errors.append(sum(abs(said[n, d] - centred[d]).item() for d in range(48)) / 48)
             kinds.append(sum(errors) / len(errors))
-    assert found.total.item() == pytest.approx(sum(kinds) / len(kinds), rel=1e-5) == pytest.approx(found.terms["prediction"].item(), rel=1e-5)
+    assert (
+        found.total.item()
+        == pytest.approx(sum(kinds) / len(kinds), rel=1e-5)
+        == pytest.approx(found.terms["prediction"].item(), rel=1e-5)
+    )
 
 
 def test_in_evaluation_the_total_is_the_error_over_that_of_the_best_constant():
     model, frames = stage(masking="random"), clips()
     awake(model)
-    torch.manual_seed(3); trained = model.loss(batch_of(frames))
-    torch.manual_seed(3); judged = model.eval().loss(batch_of(frames))
+    torch.manual_seed(3)
+    trained = model.loss(batch_of(frames))
+    torch.manual_seed(3)
+    judged = model.eval().loss(batch_of(frames))
     rows, grid = model.target.patch_embed.patchify(model.preprocess(frames))
     y = F.layer_norm(model.target.encode(rows, grid), (48,))
     torch.manual_seed(3)
-    (context, targets), = draw_masks(model.settings, 6, grid, torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
-    floor = sum((y[b, n] - y[:, n].sort(0).values[2]).abs().mean().item() for b in range(6) for n in targets[b]) / targets.numel()
-    assert judged.total.item() == pytest.approx(trained.total.item() / floor, rel=1e-4) == pytest.approx(1 - judged.terms["skill"].item(), rel=1e-4)
-    every = torch.linspace(-3, 3, 601)[:, None]                        # no constant does better than the median
+    ((context, targets),) = draw_masks(
+        model.settings, 6, grid, torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    )
+    floor = (
+        sum((y[b, n] - y[:, n].sort(0).values[2]).abs().mean().item() for b in range(6) for n in targets[b])
+        / targets.numel()
+    )
+    assert (
+        judged.total.item()
+        == pytest.approx(trained.total.item() / floor, rel=1e-4)
+        == pytest.approx(1 - judged.terms["skill"].item(), rel=1e-4)
+    )
+    every = torch.linspace(-3, 3, 601)[:, None]  # no constant does better than the median
     best = (y[:, 5, 0][None] - every).abs().mean(1).min()
     assert (y[:, 5, 0] - y[:, 5, 0].sort().values[2]).abs().mean() <= best + 1e-3
-    for p in model.target.parameters(): p.data.zero_()                # a collapsed target is no success
+    for p in model.target.parameters():
+        p.data.zero_()  # a collapsed target is no success
     assert model.loss(batch_of(frames)).total > 100
 
 
 def test_no_gradient_reaches_the_target_encoder():
     model = stage()
     model.loss(batch_of(clips())).total.backward()
-    assert all(p.grad is None for p in model.target.parameters()) and not any(p.requires_grad for p in model.target.parameters())
-    assert all(p.grad is not None for p in model.encoder.parameters()) and all(p.grad is not None for p in model.predictor.parameters())
+    assert all(p.grad is None for p in model.target.parameters()) and not any(
+        p.requires_grad for p in model.target.parameters()
+    )
+    assert all(p.grad is not None for p in model.encoder.parameters()) and all(
+        p.grad is not None for p in model.predictor.parameters()
+    )
 
 
 def test_the_slow_copy_follows_a_ramp():
-    model = stage(ema_start=.9, ema_end=1.0)
-    assert all(torch.equal(slow, fast) for slow, fast in zip(model.target.parameters(), model.encoder.parameters()))
+    model = stage(ema_start=0.9, ema_end=1.0)
+    assert all(
+        torch.equal(slow, fast) for slow, fast in zip(model.target.parameters(), model.encoder.parameters())
+    )
     for step in (1, 5, 10):
-        slow, fast = [[p.detach().clone() for p in m.parameters()] for m in (model.target, awake(model.encoder, step))]
+        slow, fast = [
+            [p.detach().clone() for p in m.parameters()] for m in (model.target, awake(model.encoder, step))
+        ]
         model.after_step(step, 10)
-        m = .9 + .1 * step / 10
-        for now, s, f in zip(model.target.parameters(), slow, fast): torch.testing.assert_close(now, m * s + (1 - m) * f)
+        m = 0.9 + 0.1 * step / 10
+        for now, s, f in zip(model.target.parameters(), slow, fast):
+            torch.testing.assert_close(now, m * s + (1 - m) * f)
     last = [p.detach().clone() for p in model.target.parameters()]
-    awake(model.encoder, 99); model.after_step(10, 10)
-    assert all(torch.equal(a, b) for a, b in zip(last, model.target.parameters()))   # a decay of 1 stands still
+    awake(model.encoder, 99)
+    model.after_step(10, 10)
+    assert all(
+        torch.equal(a, b) for a, b in zip(last, model.target.parameters())
+    )  # a decay of 1 stands still
 
 
 @pytest.mark.parametrize("predictor", ["transformer", "mlp"])
 @pytest.mark.parametrize("masking", ["blocks", "random", "tubes"])
 def test_ten_steps_lower_the_loss(predictor, masking):
-    model, batch = stage(predictor=predictor, masking=masking, ratio=.5), batch_of(clips(batch=16))
+    model, batch = stage(predictor=predictor, masking=masking, ratio=0.5), batch_of(clips(batch=16))
     model.fit_normalization(batch.frames.flatten(0, 1))
     optimizer, losses = torch.optim.AdamW(model.parameters(), 6e-3), []
     for step in range(10):
         loss = model.loss(batch)
-        optimizer.zero_grad(); loss.total.backward(); optimizer.step(); model.after_step(step + 1, 10)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        model.after_step(step + 1, 10)
         losses.append(loss.total.item())
-    assert max(losses[-2:]) < .9 * min(losses[:2]), losses
+    assert max(losses[-2:]) < 0.9 * min(losses[:2]), losses
 
 
 @pytest.mark.parametrize("predictor", ["transformer", "mlp"])
@@ -297,43 +337,65 @@ def test_half_precision_comes_close(predictor):
     totals = []
     for half in (False, True):
         torch.manual_seed(4)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half): loss = model.loss(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model.loss(batch)
         assert loss.total.dtype == torch.float32
         loss.total.backward()
         totals.append(loss.total.item())
-    assert totals[1] == pytest.approx(totals[0], rel=.02) and totals[0] != totals[1]
+    assert totals[1] == pytest.approx(totals[0], rel=0.02) and totals[0] != totals[1]
     assert all(p.grad.isfinite().all() for p in model.encoder.parameters())
 
 
 def test_masks_can_be_taken_up_where_they_were_left():
     model, batch = stage(), batch_of(clips())
     torch.manual_seed(5)
-    model.loss(batch); state = torch.get_rng_state()
+    model.loss(batch)
+    state = torch.get_rng_state()
     after = [model.loss(batch).total.item() for _ in range(3)]
     torch.set_rng_state(state)
     assert [model.loss(batch).total.item() for _ in range(3)] == after and len(set(after)) == 3
 
 
 def test_training_taken_up_half_way_ends_bit_for_bit_the_same(tmp_path):
-    from worldmodels_nb.training.parts import train
     from worldmodels_nb.settings import TrainingSettings
+    from worldmodels_nb.training.parts import train
+
     class Clips:
-        def __len__(self): return 12
-        def batch(self, indices): return batch_of(clips(batch=12)[torch.as_tensor(indices)])
-        def sample(self, size, seed, step): return self.batch(torch.randint(12, (size,), generator=torch.Generator().manual_seed(1000 * seed + step)))
-    recipe = TrainingSettings(steps=6, batch_size=4, validate_every=3, validation_batches=1, checkpoint_every=3, picture_every=0)
-    class Cut(Exception): pass
+        def __len__(self):
+            return 12
+
+        def batch(self, indices):
+            return batch_of(clips(batch=12)[torch.as_tensor(indices)])
+
+        def sample(self, size, seed, step):
+            return self.batch(
+                torch.randint(12, (size,), generator=torch.Generator().manual_seed(1000 * seed + step))
+            )
+
+    recipe = TrainingSettings(
+        steps=6, batch_size=4, validate_every=3, validation_batches=1, checkpoint_every=3, picture_every=0
+    )
+
+    class Cut(Exception):
+        pass
+
     def run(name, stop=None):
         model = stage(seed=1)
         if stop:
             plain = model.after_step
+
             def breaking(step, steps):
                 plain(step, steps)
-                if step == stop: raise Cut
+                if step == stop:
+                    raise Cut
+
             model.after_step = breaking
-        try: train(model, Clips(), Clips(), recipe, tmp_path / name, seed=0)
-        except Cut: return None
+        try:
+            train(model, Clips(), Clips(), recipe, tmp_path / name, seed=0)
+        except Cut:
+            return None
         return model
+
     whole = run("whole")
     run("parts", stop=5)
     resumed = run("parts")
@@ -342,8 +404,10 @@ def test_training_taken_up_half_way_ends_bit_for_bit_the_same(tmp_path):
 
 def test_only_the_last_frames_of_a_longer_window_count():
     model, frames = stage(), clips(frames=7)
-    torch.manual_seed(0); long = model.loss(batch_of(frames)).total
-    torch.manual_seed(0); short = model.loss(batch_of(frames[:, -4:])).total
+    torch.manual_seed(0)
+    long = model.loss(batch_of(frames)).total
+    torch.manual_seed(0)
+    short = model.loss(batch_of(frames[:, -4:])).total
     assert torch.equal(long, short)
 
 
@@ -354,229 +418,72 @@ def test_error_map_predicts_every_token_once_and_from_others_only(predictor):
     frames = clips()
     errors = model.error_map(frames)
     assert errors.shape == (6, *GRID) and errors.isfinite().all() and (errors > 0).all()
-    assert torch.equal(errors, model.error_map(frames)) and not torch.equal(errors, model.error_map(frames, seed=1))
+    assert torch.equal(errors, model.error_map(frames)) and not torch.equal(
+        errors, model.error_map(frames, seed=1)
+    )
     before = torch.get_rng_state()
     model.error_map(frames)
     assert torch.equal(before, torch.get_rng_state())
 
 
-# --- the door -----------------------------------------------------------------------------------------------------
+# --- preprocessing --------------------------------------------------------------------------------
 
-def test_door_leaves_no_trace_of_what_never_changes():
+
+def test_preprocessing_leaves_no_trace_of_what_never_changes():
     model, frames = stage(), clips(batch=8)
     model.fit_normalization(frames.flatten(0, 1))
     x = model.preprocess(frames)
-    assert x.shape == (8, 3, 4, SIDE, SIDE) and x.std().item() == pytest.approx(1, abs=.01)
+    assert x.shape == (8, 3, 4, SIDE, SIDE) and x.std().item() == pytest.approx(1, abs=0.01)
     moving = (frames == 255).all(2, keepdim=True).expand_as(frames).transpose(1, 2)
-    assert (x[~moving] == 0).all() and (x[moving] > 1).all()          # no ghost of the square where it has been
+    assert (x[~moving] == 0).all() and (x[moving] > 1).all()  # no ghost of the square where it has been
     assert (((frames / 255 - (frames / 255).mean((0, 1))).transpose(1, 2))[~moving] != 0).any()
 
 
-def test_see_is_the_target_encoder_on_each_frame_by_itself():
+def test_encode_frames_is_the_target_encoder_on_each_frame_by_itself():
     model, frames = stage(), clips()
     awake(model.target)
     z = model.encode_frames(frames)
     assert z.shape == (6, 4, 16, 48)
-    for t in range(4): torch.testing.assert_close(z[:, t], model.target.encode_images(model.preprocess(frames)[:, :, t]), atol=1e-5, rtol=0)
-    changed = frames.clone(); changed[:, 3] = 0
+    for t in range(4):
+        torch.testing.assert_close(
+            z[:, t], model.target.encode_images(model.preprocess(frames)[:, :, t]), atol=1e-5, rtol=0
+        )
+    changed = frames.clone()
+    changed[:, 3] = 0
     assert torch.equal(model.encode_frames(changed)[:, :3], z[:, :3])
 
 
-# --- released files -----------------------------------------------------------------------------------------------
-
-def released_file(path, seed=0, prefix="module.backbone.", drop=(), add=(), conditioned=False, suffix=".pt"):
-    "A file as the reference code writes it, and the modules it holds."
-    torch.manual_seed(seed)
-    encoder, target = awake(MaskedViT(3, TUBELET, PATCH, 48, 2, 2), seed), awake(MaskedViT(3, TUBELET, PATCH, 48, 2, 2), seed + 1)
-    predictor = awake(MaskedPredictor(48, 24, 2, 2, mask_tokens=10), seed + 2)
-    named = {"encoder": encoder, "target_encoder": target, "predictor": predictor}
-    held = {part: {prefix + n: t for n, t in module.state_dict().items()} for part, module in named.items()}
-    held["encoder"][prefix + "pos_embed"] = torch.zeros(1, 32, 48)
-    held["predictor"]["module.predictor_pos_embed"] = torch.zeros(1, 32, 24)
-    if conditioned:
-        held["predictor"] = {n: t for n, t in held["predictor"].items() if "mask_tokens" not in n} | {
-            f"module.{n}_encoder.{p}": torch.randn(24, 7) if p == "weight" else torch.randn(24) for n in ("action", "state", "extrinsics") for p in ("weight", "bias")}
-        del held["target_encoder"]
-    for part, name in drop: del held[part][prefix + name]
-    for part, name, t in add: held[part][prefix + name] = t
-    held |= {"epoch": 3, "opt": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "loss": 0.5}
-    file = path / f"released{suffix}"
-    torch.save(held, file)
-    return file, named
+# --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "backbone."])
-def test_released_layout_round_trip(tmp_path, prefix):
-    file, named = released_file(tmp_path, prefix=prefix)
-    got = load_released(file, heads=2, predictor_heads=2)
-    assert all(got.report.values()) and set(got.report) == {"encoder", "target_encoder", "predictor"}
-    clip, (context, targets) = torch.randn(2, 3, 4, SIDE, SIDE), two_masks()
-    for module, part in ((got.encoder, "encoder"), (got.target, "target_encoder")):
-        assert torch.equal(module(clip), named[part](clip))
-    x = torch.randn(2, 12, 48)
-    for kind in (0, 7): assert torch.equal(got.predictor(x, context, targets, GRID, kind), named["predictor"](x, context, targets, GRID, kind))
-    assert len(got.predictor.mask_tokens) == 10 and not got.conditioned
-
-
-def test_transformers_layout_round_trip_by_folder_and_by_file(theirs, folder):
-    got = load_released(folder)
-    assert all(got.report.values()) and got.target is got.encoder and got.encoder.head_dim == 24 and got.predictor.head_dim == 12
-    alone = load_released(folder / "model.safetensors")
-    clip = torch.randn(1, 3, 4, SIDE, SIDE)
-    assert torch.equal(alone.encoder(clip), got.encoder(clip)) and len(got.predictor.mask_tokens) == 3
-    assert got.predictor.predictor_blocks[0].mlp.fc1.out_features == 72
-
-
-def test_transformers_weights_in_several_files(theirs, tmp_path):
-    theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    got = load_released(tmp_path / "shards")
-    clip = torch.randn(1, 3, 4, SIDE, SIDE)
-    torch.testing.assert_close(got.encoder(clip), theirs(clip.transpose(1, 2), skip_predictor=True).last_hidden_state, atol=1e-5, rtol=0)
-
-
-def test_every_key_that_does_not_fit_is_reported(tmp_path):
-    file, _ = released_file(tmp_path, drop=[("encoder", "norm.bias"), ("predictor", "predictor_proj.weight")], add=[
-        ("encoder", "head.weight", torch.zeros(3)), ("encoder", "blocks.1.mlp.fc1.weight", torch.zeros(7, 48)), ("target_encoder", "cls_token", torch.zeros(1))])
-    with pytest.raises(ReleasedError) as caught: load_released(file, 2, 2)
-    for name in ("norm.bias", "predictor_proj.weight", "head.weight", "blocks.1.mlp.fc1.weight is (7, 48), expected (192, 48)", "cls_token"): assert name in str(caught.value)
-    assert "pos_embed" not in str(caught.value)
-    report = load_released(file, 2, 2, strict=False).report
-    assert report["encoder"].missing == ["norm.bias"] and report["encoder"].unexpected == ["head.weight"]
-    assert report["encoder"].misshaped == ["blocks.1.mlp.fc1.weight is (7, 48), expected (192, 48)"]
-    assert report["predictor"].missing == ["predictor_proj.weight"] and report["target_encoder"].unexpected == ["cls_token"]
-
-
-def test_an_incomplete_triple_of_transformers_is_reported_not_guessed(folder):
-    file = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    del tensors["encoder.layer.1.attention.key.bias"]
-    tensors["pooler.query"] = torch.zeros(2)
-    safetensors.torch.save_file(tensors, file)
-    report = load_released(folder, strict=False).report
-    assert report["encoder"].missing == ["blocks.1.attn.qkv.bias"]
-    assert report["encoder"].unexpected == ["blocks.1.attention.query.bias", "blocks.1.attention.value.bias"]
-    assert report["other"].unexpected == ["pooler.query"] and report["predictor"]
-
-
-def test_action_conditioned_predictor_is_handed_on_under_its_own_names(tmp_path):
-    file, named = released_file(tmp_path, conditioned=True)
-    got = load_released(file, heads=2)
-    assert got.predictor is None and got.target is got.encoder
-    names = {n.split(".")[0] for n in got.conditioned}
-    assert names == {"predictor_embed", "predictor_blocks", "predictor_norm", "predictor_proj", "action_encoder", "state_encoder", "extrinsics_encoder", "predictor_pos_embed"}
-    bare = torch.nn.ModuleDict({n: torch.nn.Linear(7, 24) for n in ("action_encoder", "state_encoder", "extrinsics_encoder")})
-    fit = fill(bare, got.conditioned)
-    assert not fit.missing and not fit.misshaped and torch.equal(bare["state_encoder"].weight, got.conditioned["state_encoder.weight"])
-
-
-def test_weights_of_one_grid_work_on_another(tmp_path):
-    file, _ = released_file(tmp_path)
-    got = load_released(file, 2, 2)
-    assert got.encoder(torch.randn(1, 3, 8, 24, 32)).shape == (1, 4 * 6 * 8, 48)
-    assert got.target.encode_images(torch.randn(1, 3, 12, 20)).shape == (1, 15, 48)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, suffix):
-    file = tmp_path / f"weights{suffix}"
-    if suffix == ".pt": whole = released_file(tmp_path)[0].read_bytes()
-    else: whole = safetensors.torch.save({"encoder.layer.0.norm1.weight": torch.zeros(8)})
-    for content in (whole[:-40], whole[:len(whole) // 2], b"", b"not weights at all"):
-        file.write_bytes(content)
-        with pytest.raises(ReleasedError) as caught: load_released(file, 2, 2)
-        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-
-
-class Bomb:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return open, (str(self.path), "w")
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    for name, save in (("torch", lambda o, f: torch.save(o, f)), ("plain", lambda o, f: f.write_bytes(pickle.dumps(o, protocol=2)))):
-        trace, file = tmp_path / f"trace-{name}", tmp_path / f"{name}.pt"
-        save({"encoder": {"x": torch.zeros(1)}, "more": Bomb(trace)}, file)
-        with pytest.raises(ReleasedError, match="not opened|not a whole file"): load_released(file, 2, 2)
-        assert not trace.exists()
-
-
-def test_other_files_are_refused_by_name(tmp_path):
-    with pytest.raises(ReleasedError, match="no weights"): read_released(tmp_path)
-    with pytest.raises(ReleasedError, match="cannot read"): read_released(tmp_path / "nowhere.pt")
-    safetensors.torch.save_file({"model.layers.0.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ReleasedError, match="neither"): read_released(tmp_path)
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ReleasedError, match="neither"): read_released(tmp_path / "list.pt")
-    file, _ = released_file(tmp_path)
-    with pytest.raises(ReleasedError, match="give heads"): load_released(file)
-    with pytest.raises(ReleasedError, match="give predictor_heads"): load_released(file, heads=2)
-
-
-# --- a stage that is not trained but loaded -------------------------------------------------------------------------
-
-def test_pretrained_weights_take_the_place_of_the_stage(folder, loaded):
-    model = stage(pretrained=str(folder), dim=96)                    # sizes come from the weights
-    assert model.target.dim == 48 and model.grid() == GRID
-    frames = clips()
-    mean, std = (torch.tensor(v).view(1, 1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    x = (frames / 255 - mean) / std
-    torch.testing.assert_close(model.preprocess(frames), x.transpose(1, 2), atol=1e-5, rtol=0)
-    model.fit_normalization(frames.flatten(0, 1))
-    torch.testing.assert_close(model.preprocess(frames), x.transpose(1, 2), atol=1e-5, rtol=0)  # calibration does not undo it
-    torch.testing.assert_close(model.encode_frames(frames)[:, 2], loaded.target.encode_images(x[:, 2]), atol=1e-5, rtol=0)
-    assert model.error_map(frames).shape == (6, *GRID)
-
-
-def test_pretrained_weights_see_grey_frames_as_grey_colours(folder):
-    grey = stage(pretrained=str(folder), channels=1)
-    frames = clips(channels=1)
-    assert torch.equal(grey.encode_frames(frames), stage(pretrained=str(folder)).encode_frames(frames.expand(-1, -1, 3, -1, -1)))
-
-
-def test_a_hub_id_is_fetched_and_nothing_else(folder, monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub (extra: hf) is not installed")
-    asked = []
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **how: asked.append((name, how)) or str(folder))
-    assert released_path("facebook/tiny") == folder and asked[0][0] == "facebook/tiny" and asked[0][1]["allow_patterns"] == ["*.safetensors", "*.json"]
-    assert released_path(str(folder)) == folder and len(asked) == 1
-    def fails(name, **how): raise OSError("no network")
-    monkeypatch.setattr(hub, "snapshot_download", fails)
-    with pytest.raises(ReleasedError, match="vjepa2.pretrain.pretrained.*no network"): released_path("facebook/tiny")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ReleasedError, match="extra hf"): released_path("facebook/tiny")
-    with pytest.raises(ReleasedError, match="nothing at"): released_path(str(tmp_path / "no" / "such" / "file.pt"))
-
-
-# --- what is refused -----------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("values, words", [
-    (dict(frames=5), "vjepa2.pretrain.frames = 5 is not divisible by vjepa2.pretrain.tubelet_size = 2"),
-    (dict(dim=50, heads=4), "vjepa2.pretrain.dim = 50"), (dict(dim=20, heads=4), "vjepa2.pretrain.heads = 4"), (dict(predictor_dim=8, predictor_heads=2), "vjepa2.pretrain.predictor_dim = 8"),
-    (dict(blocks=[8]), "vjepa2.pretrain.blocks"), (dict(aspect=[2.0, 1.0]), "vjepa2.pretrain.aspect"), (dict(ema_start=1.0, ema_end=0.5), "vjepa2.pretrain.ema_start"), (dict(ratio=1.0), "vjepa2.pretrain.ratio"),
-    (dict(scales=[0.15, 1.5]), "vjepa2.pretrain.scales"), (dict(patch_size=5), "vjepa2.pretrain.patch_size"), (dict(masking="random", ratio=0.999), "vjepa2.pretrain.ratio"),
-    (dict(scales=[0.15, 0.99]), "vjepa2.pretrain.scales"), (dict(pretrained="/no/such/weights.pt"), "vjepa2.pretrain.pretrained"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(frames=5), "vjepa2.pretrain.frames = 5 is not divisible by vjepa2.pretrain.tubelet_size = 2"),
+        (dict(dim=50, heads=4), "vjepa2.pretrain.dim = 50"),
+        (dict(dim=20, heads=4), "vjepa2.pretrain.heads = 4"),
+        (dict(predictor_dim=8, predictor_heads=2), "vjepa2.pretrain.predictor_dim = 8"),
+        (dict(blocks=[8]), "vjepa2.pretrain.blocks"),
+        (dict(aspect=[2.0, 1.0]), "vjepa2.pretrain.aspect"),
+        (dict(ema_start=1.0, ema_end=0.5), "vjepa2.pretrain.ema_start"),
+        (dict(ratio=1.0), "vjepa2.pretrain.ratio"),
+        (dict(scales=[0.15, 1.5]), "vjepa2.pretrain.scales"),
+        (dict(patch_size=5), "vjepa2.pretrain.patch_size"),
+        (dict(masking="random", ratio=0.999), "vjepa2.pretrain.ratio"),
+        (dict(scales=[0.15, 0.99]), "vjepa2.pretrain.scales"),
+        (dict(pretrained="/no/such/weights.pt"), "vjepa2.pretrain.pretrained"),
+    ],
+)
 def test_bad_settings_are_refused_in_one_sentence_before_training(values, words):
-    with pytest.raises(ValueError) as caught: stage(**values)
+    with pytest.raises(ValueError) as caught:
+        stage(**values)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_bad_clips_are_refused():
     model = stage()
-    with pytest.raises(SettingsError, match="vjepa2.pretrain.tubelet_size.*3 frames"): model.loss(batch_of(clips(frames=3)))
-    with pytest.raises(SettingsError, match="vjepa2.pretrain.patch_size"): model.encoder.patch_embed.patchify(torch.zeros(1, 3, 4, 16, 18))
+    with pytest.raises(SettingsError, match="vjepa2.pretrain.tubelet_size.*3 frames"):
+        model.loss(batch_of(clips(frames=3)))
+    with pytest.raises(SettingsError, match="vjepa2.pretrain.patch_size"):
+        model.encoder.patch_embed.patchify(torch.zeros(1, 3, 4, 16, 18))
 
-
-def test_importing_and_building_opens_no_connection():
-    code = ("import socket\ndef no(*a, **k): raise SystemExit('network')\nsocket.socket.connect = no\n"
-            "import worldmodels_nb.models.masked as m, sys\nassert not any(n.split('.')[0] in ('transformers', 'huggingface_hub') for n in sys.modules)\n"
-            "from worldmodels_nb.episodes import sample_dataset\nfrom worldmodels_nb.settings import Settings\nm.MaskedPredictionModel(Settings(), sample_dataset().spec)")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-400:]
-
-
-def test_config_of_another_network_is_refused(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
-    with pytest.raises(ReleasedError, match="hidden_act"): load_released(folder)

@@ -4,8 +4,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
 from hypothesis import settings as budget
+from hypothesis import strategies as st
 
 from worldmodels_nb.nn.masks import (
     block_mask,
@@ -88,7 +89,8 @@ def test_every_position_of_a_block_is_equally_likely():
     count = torch.bincount(firsts, minlength=20).view(5, 4)
     assert (count[:3, :2] > 0).all() and count[3:].sum() == count[:, 2:].sum() == 0
     expected = 40_000 / 6
-    assert ((count[:3, :2] - expected) ** 2 / expected).sum() < 20.5   # chi-squared, 5 degrees of freedom, p = .001
+    chi_squared = ((count[:3, :2] - expected) ** 2 / expected).sum()
+    assert chi_squared < 20.5                                         # 5 degrees of freedom, p = .001
 
 
 def counted_visible(side, shape, blocks):
@@ -130,7 +132,7 @@ def test_block_shapes_have_the_area_and_the_aspect_asked_for():
 def test_what_is_given_up_for_equal_counts_is_drawn_evenly():
     hidden = torch.zeros(3000, 6, dtype=torch.bool)
     hidden[:, :2] = True
-    hidden[0, :4] = True                                              # this clip shows least: 2; the fewest hidden are 2
+    hidden[0, :4] = True                              # this clip shows least: 2; the fewest hidden are 2
     context, targets = equal_counts(hidden, seeded())
     assert context.shape == (3000, 2) and targets.shape == (3000, 2)
     count = torch.bincount(context[1:].flatten(), minlength=6)

@@ -1,4 +1,5 @@
-"""What happens beside the loop: bars, rows, validation, best weights, guards, pictures, and `train`, which puts them in order."""
+"""What happens beside the loop: bars, rows, validation, best weights, pictures, and a guard."""
+
 import io
 import json
 import math
@@ -7,80 +8,128 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from worldmodels_nb.training.fit import LossTerms, Trainable
 from worldmodels_nb.settings import TrainingSettings
 from worldmodels_nb.training import callbacks as module
-from worldmodels_nb.training.callbacks import BestWeights, EarlyStopping, Metrics, Progress, Validation, evaluation_mode, fixed_parts, on_host, read_metrics
-from worldmodels_nb.training.parts import Checkpoint, NaNGuard, Resume, read_result, read_state, train
-from worldmodels_nb.training.fit import Callback, TrainingError, WeightsError, fit, save_weights, weights_hash
+from worldmodels_nb.training.callbacks import (
+    BestWeights,
+    EarlyStopping,
+    Metrics,
+    NaNGuard,
+    Progress,
+    Validation,
+    evaluation_mode,
+    fixed_parts,
+    on_host,
+    read_metrics,
+)
+from worldmodels_nb.training.fit import Callback, LossTerms, Trainable, TrainingError, fit, weights_hash
+from worldmodels_nb.training.parts import Checkpoint, read_state, train
 from worldmodels_nb.viz import curves
 
 
 @dataclass
 class Points:
     x: Tensor
-    def to(self, device): return Points(self.x.to(device))
+
+    def to(self, device):
+        return Points(self.x.to(device))
 
 
 class Table:
-    def __init__(self, n, seed=0): self.x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-    def __len__(self): return len(self.x)
-    def batch(self, indices): return Points(self.x[indices])
-    def sample(self, batch_size, seed, step): return self.batch(np.random.default_rng([seed, step]).integers(len(self), size=batch_size))
+    def __init__(self, n, seed=0):
+        self.x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self):
+        return len(self.x)
+
+    def batch(self, indices):
+        return Points(self.x[indices])
+
+    def sample(self, batch_size, seed, step):
+        return self.batch(np.random.default_rng([seed, step]).integers(len(self), size=batch_size))
 
 
 class Toy(Trainable):
     steps = 0
+
     def __init__(self, width=8):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 1))
         self.fixed = nn.Linear(2, 2).requires_grad_(False)
+
     def loss(self, batch):
         self.steps += self.training
         error = (self.net(batch.x) - batch.x.prod(1, keepdim=True)).square().mean()
         return LossTerms(total=2 * error, terms={"error": error.detach()})
 
 
-RECIPE = TrainingSettings(steps=40, batch_size=8, learning_rate=0.01, validate_every=10, validation_batches=3, checkpoint_every=15, picture_every=20)
+RECIPE = TrainingSettings(
+    steps=40,
+    batch_size=8,
+    learning_rate=0.01,
+    validate_every=10,
+    validation_batches=3,
+    checkpoint_every=15,
+    picture_every=20,
+)
 DATA, OTHERS = Table(64), Table(20, seed=1)
 
 
-def sample(step): return DATA.sample(8, 0, step)
+def sample(step):
+    return DATA.sample(8, 0, step)
 
 
-def ours(model, folder, recipe=RECIPE, **more): return train(model, DATA, OTHERS, recipe, folder, progress=False, **more)
+def ours(model, folder, recipe=RECIPE, **more):
+    return train(model, DATA, OTHERS, recipe, folder, progress=False, **more)
 
 
 class Say(Callback):
     "Puts given validation values into the log, one after another, every so many steps."
-    def __init__(self, values, every=1): self.values, self.every = list(values), every
+
+    def __init__(self, values, every=1):
+        self.values, self.every = list(values), every
+
     def on_step(self, run):
-        if run.step % self.every == 0 and self.values: run.log["val/total"] = self.values.pop(0)
+        if run.step % self.every == 0 and self.values:
+            run.log["val/total"] = self.values.pop(0)
 
 
 class At(Callback):
-    def __init__(self, step, action): self.step, self.action = step, action
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
     def on_step(self, run):
-        if run.step == self.step: self.action(run)
+        if run.step == self.step:
+            self.action(run)
 
 
 # progress and metrics
 
+
 def test_progress_draws_steps_rate_and_loss_and_nothing_when_off(tmp_path, capfd):
     screen = io.StringIO()
     fit(Toy(), sample, RECIPE, [Progress("toy", screen)])
-    assert "toy: 100%" in screen.getvalue() and "40/40" in screen.getvalue() and "loss=" in screen.getvalue() and "step/s" in screen.getvalue()
+    assert (
+        "toy: 100%" in screen.getvalue()
+        and "40/40" in screen.getvalue()
+        and "loss=" in screen.getvalue()
+        and "step/s" in screen.getvalue()
+    )
     ours(Toy(), tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_begins_where_a_restart_does():
     class Jump(Callback):
-        def on_start(self, run): run.step = 30
+        def on_start(self, run):
+            run.step = 30
+
     progress = Progress(file=io.StringIO())
     fit(Toy(), sample, RECIPE, [Jump(), progress])
     assert (progress.bar.initial, progress.bar.n, progress.bar.total) == (30, 40, 40)
@@ -90,8 +139,14 @@ def test_rows_have_the_terms_rate_norm_and_seconds_and_each_step_once(tmp_path):
     ours(Toy(), tmp_path)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
-    assert all(set(row) == {"step", "lr", "seconds", "train/total", "train/error", "grad_norm", "val/total", "val/error"} for row in rows)
-    assert all(row["train/total"] == pytest.approx(2 * row["train/error"]) and row["grad_norm"] > 0 for row in rows)
+    assert all(
+        set(row)
+        == {"step", "lr", "seconds", "train/total", "train/error", "grad_norm", "val/total", "val/error"}
+        for row in rows
+    )
+    assert all(
+        row["train/total"] == pytest.approx(2 * row["train/error"]) and row["grad_norm"] > 0 for row in rows
+    )
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
@@ -103,39 +158,62 @@ def test_half_a_line_is_no_row(tmp_path):
 
 def test_a_restart_cuts_rows_after_its_step_and_half_lines(tmp_path):
     path = tmp_path / "m"
-    path.write_text("".join(json.dumps({"step": step, "old": 1}) + "\n" for step in (10, 20, 30)) + '{"step": 4')
+    path.write_text(
+        "".join(json.dumps({"step": step, "old": 1}) + "\n" for step in (10, 20, 30)) + '{"step": 4'
+    )
+
     class Jump(Callback):
-        def on_start(self, run): run.step = 20
+        def on_start(self, run):
+            run.step = 20
+
     fit(Toy(), sample, RECIPE, [Jump(), Metrics(path)])
-    assert [(row["step"], "old" in row) for row in read_metrics(path)] == [(10, True), (20, True), (30, False), (40, False)]
+    assert [(row["step"], "old" in row) for row in read_metrics(path)] == [
+        (10, True),
+        (20, True),
+        (30, False),
+        (40, False),
+    ]
 
 
 def test_many_scalars_come_in_one_transfer(monkeypatch):
     transfers = []
-    monkeypatch.setattr(Tensor, "tolist", lambda self, original=Tensor.tolist: transfers.append(1) or original(self))
-    assert on_host({"a": torch.tensor(1.5), "b": torch.tensor(2, dtype=torch.float64)}) == {"a": 1.5, "b": 2.0}
+    monkeypatch.setattr(
+        Tensor, "tolist", lambda self, original=Tensor.tolist: transfers.append(1) or original(self)
+    )
+    assert on_host({"a": torch.tensor(1.5), "b": torch.tensor(2, dtype=torch.float64)}) == {
+        "a": 1.5,
+        "b": 2.0,
+    }
     assert len(transfers) == 1
 
 
-# looking evaluation_mode
+# looking without touching
 
-def test_aside_puts_back_every_mode_the_generator_and_the_gradient_switch():
+
+def test_evaluation_mode_puts_back_every_mode_the_generator_and_the_gradient_switch():
     model = Toy()
-    model.train(); model.fixed.eval()
+    model.train()
+    model.fixed.eval()
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     with pytest.raises(KeyError):
         with evaluation_mode(model):
             assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
             torch.rand(5)
             raise KeyError
-    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+    assert (
+        [m.training for m in model.modules()] == modes
+        and torch.equal(torch.get_rng_state(), state)
+        and torch.is_grad_enabled()
+    )
 
 
-def test_aside_draws_the_same_numbers_each_time():
+def test_evaluation_mode_draws_the_same_numbers_each_time():
     model = Toy()
-    with evaluation_mode(model): first = torch.rand(3)
+    with evaluation_mode(model):
+        first = torch.rand(3)
     torch.rand(7)
-    with evaluation_mode(model): assert torch.equal(torch.rand(3), first)
+    with evaluation_mode(model):
+        assert torch.equal(torch.rand(3), first)
 
 
 @given(windows=st.integers(1, 300), size=st.integers(1, 64), batches=st.integers(1, 8))
@@ -144,37 +222,70 @@ def test_parts_hold_no_window_twice_and_differ_in_size_by_one_at_most(windows, s
     parts = fixed_parts(windows, size, batches)
     together = np.concatenate(parts)
     assert len(set(together)) == len(together) == min(windows, size * batches)
-    assert 1 <= min(map(len, parts)) and max(map(len, parts)) <= size and max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert len(parts) <= batches and all(np.array_equal(a, b) for a, b in zip(parts, fixed_parts(windows, size, batches)))
+    assert (
+        1 <= min(map(len, parts))
+        and max(map(len, parts)) <= size
+        and max(map(len, parts)) - min(map(len, parts)) <= 1
+    )
+    assert len(parts) <= batches and all(
+        np.array_equal(a, b) for a, b in zip(parts, fixed_parts(windows, size, batches))
+    )
 
 
 def test_validation_is_the_mean_over_windows_in_evaluation_mode():
     run = fit(Toy(), sample, RECIPE, [Validation(OTHERS, RECIPE)])
     run.model.eval()
     assert [len(part) for part in fixed_parts(20, 8, 3)] == [7, 7, 6]
-    with torch.no_grad(): assert run.log["val/total"] == pytest.approx(run.model.loss(OTHERS.batch(np.arange(20))).total.item(), rel=1e-5)
+    with torch.no_grad():
+        assert run.log["val/total"] == pytest.approx(
+            run.model.loss(OTHERS.batch(np.arange(20))).total.item(), rel=1e-5
+        )
 
 
 def test_how_often_one_validates_changes_nothing():
     plain = weights_hash(fit(Toy(), sample, RECIPE).model)
     for every in (1, 7):
         torch.manual_seed(0)
-        assert weights_hash(fit(Toy(), sample, RECIPE, [Validation(OTHERS, RECIPE.model_copy(update={"validate_every": every}))]).model) == plain
+        assert (
+            weights_hash(
+                fit(
+                    Toy(),
+                    sample,
+                    RECIPE,
+                    [Validation(OTHERS, RECIPE.model_copy(update={"validate_every": every}))],
+                ).model
+            )
+            == plain
+        )
 
 
 def test_a_validation_that_is_not_finite_stops_the_run():
     broken = Table(20)
     broken.x[:] = math.nan
-    with pytest.raises(TrainingError, match="step 10: val/error is not finite.*validation data"): fit(Toy(), sample, RECIPE, [Validation(broken, RECIPE)])
+    with pytest.raises(TrainingError, match="step 10: val/error is not finite.*validation data"):
+        fit(Toy(), sample, RECIPE, [Validation(broken, RECIPE)])
 
 
 # the best, and stopping early
 
+
 def test_best_weights_need_an_improvement_by_more_than_delta(tmp_path):
     best, hashes = BestWeights(tmp_path / "w", delta=0.5), {}
+
     class Watch(Callback):
-        def on_step(self, run): hashes[run.step] = (run.resume_state["best_step"], run.resume_state["waited"], (tmp_path / "w").stat().st_mtime_ns)
-    fit(Toy(), sample, RECIPE.model_copy(update={"steps": 6}), [Say([5.0, 4.6, 4.5, 4.4, 3.0, math.inf]), best, Watch()])
+        def on_step(self, run):
+            hashes[run.step] = (
+                run.resume_state["best_step"],
+                run.resume_state["waited"],
+                (tmp_path / "w").stat().st_mtime_ns,
+            )
+
+    fit(
+        Toy(),
+        sample,
+        RECIPE.model_copy(update={"steps": 6}),
+        [Say([5.0, 4.6, 4.5, 4.4, 3.0, math.inf]), best, Watch()],
+    )
     assert [hashes[k][:2] for k in range(1, 7)] == [(1, 0), (1, 1), (1, 2), (4, 0), (5, 0), (5, 1)]
     assert len({written for _, _, written in hashes.values()}) == 3
 
@@ -183,7 +294,9 @@ def test_best_weights_need_an_improvement_by_more_than_delta(tmp_path):
 def test_patience_counts_validations_not_steps(tmp_path, patience, end):
     said = [3, 2, 2, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]  # one every second step; the best so far at 2, 4 and 10
     expected = {6: 6, 8: 8, 18: 16, 40: 40}[end]
-    run = fit(Toy(), sample, RECIPE, [Say(said, every=2), BestWeights(tmp_path / "w"), EarlyStopping(patience)])
+    run = fit(
+        Toy(), sample, RECIPE, [Say(said, every=2), BestWeights(tmp_path / "w"), EarlyStopping(patience)]
+    )
     assert run.step == expected and bool(run.stop) == bool(patience)
 
 
@@ -194,26 +307,39 @@ def test_early_stopping_says_why(tmp_path):
 
 # the guard
 
+
 class Breaks(Toy):
     "At one training step, something is not finite."
+
     def __init__(self, what, at=17):
         super().__init__()
         self.what, self.at = what, at
+
     def loss(self, batch):
         losses, now = super().loss(batch), self.training and self.steps == self.at
         zero = torch.tensor(0.0 if now else 1.0)
         terms = {**losses.terms, "extra": torch.ones(())}
-        if self.what == "term": return LossTerms(losses.total, {**terms, "extra": 1 / zero})
-        if self.what == "total": return LossTerms(losses.total / zero, terms)
-        root = torch.sqrt((self.net[0].weight * (1 - zero if not now else zero)).square().sum() + (0 if now else 1))  # slope of √ at 0
+        if self.what == "term":
+            return LossTerms(losses.total, {**terms, "extra": 1 / zero})
+        if self.what == "total":
+            return LossTerms(losses.total / zero, terms)
+        root = torch.sqrt(
+            (self.net[0].weight * (1 - zero if not now else zero)).square().sum() + (0 if now else 1)
+        )  # slope of √ at 0
         return LossTerms(losses.total + root, terms)
 
 
-@pytest.mark.parametrize("what, named", [("term", "extra"), ("total", "total"), ("gradient", "gradient norm")])
+@pytest.mark.parametrize(
+    "what, named", [("term", "extra"), ("total", "total"), ("gradient", "gradient norm")]
+)
 @pytest.mark.parametrize("every", [1, 10])
 def test_the_guard_names_step_and_term_and_saves_the_weights(what, named, every, tmp_path):
     model = Breaks(what)
-    with pytest.raises(TrainingError, match=f"^step 17: {named} is not finite.*weights are still those of step 16.*state.pt \\(step 15\\).*learning_rate"):
+    with pytest.raises(
+        TrainingError,
+        match=f"^step 17: {named} is not finite.*weights are still those of step 16"
+        ".*state.pt \\(step 15\\).*learning_rate",
+    ):
         fit(model, sample, RECIPE, [NaNGuard(every), Checkpoint(tmp_path / "state.pt", 15, {})])
     good = Breaks(what, at=-1)
     fit(good, sample, RECIPE, [At(16, lambda run: setattr(run, "stop", "here"))])
@@ -236,21 +362,29 @@ def test_the_guard_follows_terms_that_come_and_go():
     class Late(Toy):
         def loss(self, batch):
             losses = super().loss(batch)
-            if self.steps > 20: losses.terms["rollout"] = torch.tensor(math.nan if self.steps == 23 else 0.0)
+            if self.steps > 20:
+                losses.terms["rollout"] = torch.tensor(math.nan if self.steps == 23 else 0.0)
             return losses
-    with pytest.raises(TrainingError, match="^step 23: rollout"): fit(Late(), sample, RECIPE, [NaNGuard(10)])
+
+    with pytest.raises(TrainingError, match="^step 23: rollout"):
+        fit(Late(), sample, RECIPE, [NaNGuard(10)])
+
     class Gone(Toy):
         def loss(self, batch):
             losses = super().loss(batch)
-            if self.steps <= 23: losses.terms["early"] = torch.tensor(math.nan if self.steps == 23 else 0.0)
+            if self.steps <= 23:
+                losses.terms["early"] = torch.tensor(math.nan if self.steps == 23 else 0.0)
             return losses
-    with pytest.raises(TrainingError, match="^step 23: early"): fit(Gone(), sample, RECIPE, [NaNGuard(10)])
+
+    with pytest.raises(TrainingError, match="^step 23: early"):
+        fit(Gone(), sample, RECIPE, [NaNGuard(10)])
 
 
 @pytest.mark.parametrize("cadence", [(10, 15), (7, 40), (40, 3)])
 def test_nothing_written_after_the_first_bad_step(cadence, tmp_path):
     recipe = RECIPE.model_copy(update=dict(validate_every=cadence[0], checkpoint_every=cadence[1]))
-    with pytest.raises(TrainingError, match="step 17"): ours(Breaks("gradient"), tmp_path, recipe)
+    with pytest.raises(TrainingError, match="step 17"):
+        ours(Breaks("gradient"), tmp_path, recipe)
     assert all(row["step"] <= 16 for row in read_metrics(tmp_path / "metrics.jsonl"))
     if (tmp_path / "state.pt").exists():
         state = read_state(tmp_path / "state.pt")
@@ -260,136 +394,37 @@ def test_nothing_written_after_the_first_bad_step(cadence, tmp_path):
 
 # pictures
 
-def test_pictures_are_drawn_aside_and_named_by_step(tmp_path):
+
+def test_pictures_are_drawn_in_evaluation_mode_and_named_by_step(tmp_path):
     seen = []
+
     def picture(step):
-        seen.append((step, model.training, torch.is_grad_enabled())); torch.rand(3)
+        seen.append((step, model.training, torch.is_grad_enabled()))
+        torch.rand(3)
         return curves({"a": ([0, 1], [step, 1], None, None)}, "x", "y")
+
     model = Toy()
     with_pictures = ours(model, tmp_path / "a", picture=picture)["weights"]
     assert seen == [(20, False, False), (40, False, False)]
-    assert sorted(p.name for p in (tmp_path / "a" / "pictures").iterdir()) == ["step_000020.png", "step_000040.png"]
+    assert sorted(p.name for p in (tmp_path / "a" / "pictures").iterdir()) == [
+        "step_000020.png",
+        "step_000040.png",
+    ]
     assert (tmp_path / "a" / "pictures" / "step_000020.png").read_bytes()[:4] == b"\x89PNG"
-    assert ours(Toy(), tmp_path / "b")["weights"] == with_pictures and not (tmp_path / "b" / "pictures").exists()
+    assert (
+        ours(Toy(), tmp_path / "b")["weights"] == with_pictures and not (tmp_path / "b" / "pictures").exists()
+    )
 
 
 def test_zero_makes_no_pictures(tmp_path):
-    ours(Toy(), tmp_path, RECIPE.model_copy(update={"picture_every": 0}), picture=lambda step: pytest.fail("drawn"))
-
-
-# train
-
-def test_the_result_says_what_was_trained(tmp_path):
-    model = Toy()
-    result = ours(model, tmp_path, RECIPE.model_copy(update={"epochs": 3.0}), seed=4)
-    assert result == json.loads((tmp_path / "result.json").read_text()) == read_result(tmp_path)
-    assert result["schema_version"] == 1 and result["model"] == "Toy" and result["steps"] == 24 and not result["stopped_early"]
-    assert result["parameters"] == {"net": 33, "fixed": 6} and result["trainable_parameters"] == {"net": 33, "fixed": 0, "frozen": 6}
-    assert result["recipe"]["train.steps"] == 24 and result["recipe"]["run.seed"] == 4
-    assert result["weights"] == weights_hash(model) and not model.training
-    values = {row["step"]: row["val/total"] for row in read_metrics(tmp_path / "metrics.jsonl") if "val/total" in row}
-    assert result["best_value"] == min(values.values()) == values[result["best_step"]]
-
-
-def test_the_best_weights_come_back_not_the_last(tmp_path):
-    wild = RECIPE.model_copy(update=dict(learning_rate=0.5, schedule="constant", validate_every=1))
-    model = Toy()
-    result = ours(model, tmp_path, wild)
-    assert result["best_step"] < 40
-    with torch.no_grad(): assert model.loss(OTHERS.batch(np.arange(20))).total.item() == pytest.approx(result["best_value"], rel=1e-5)
-    assert weights_hash(model) == result["weights"]
-
-
-def test_a_finished_training_is_not_trained_again(tmp_path):
-    first, second = Toy(), Toy()
-    result = ours(first, tmp_path)
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert ours(second, tmp_path) == result and second.steps == 0 and weights_hash(second) == weights_hash(first)
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-
-
-def test_starting_over_trains_again_and_gives_the_same(tmp_path):
-    result, model = ours(Toy(), tmp_path, picture=lambda step: curves({"a": ([0], [1], None, None)}, "x", "y")), Toy()
-    again = ours(model, tmp_path, resume=False)
-    assert model.steps == 40 and again["weights"] == result["weights"] and not list((tmp_path / "pictures").iterdir())
-
-
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("change, named", [(dict(recipe=RECIPE.model_copy(update={"learning_rate": 0.02})), "train.learning_rate = 0.01, and now it is 0.02"),
-                                           (dict(seed=3), "run.seed = 0, and now it is 3")])
-def test_another_recipe_is_refused_by_name(tmp_path, finished, change, named):
-    ours(Toy(), tmp_path)
-    if not finished: (tmp_path / "result.json").unlink()
-    with pytest.raises(TrainingError, match=named): ours(Toy(), tmp_path, **change)
-
-
-def test_other_training_windows_are_refused(tmp_path):
-    ours(Toy(), tmp_path)
-    with pytest.raises(TrainingError, match="training windows = 64, and now it is 65"): train(Toy(), Table(65), OTHERS, RECIPE, tmp_path, progress=False)
-
-
-def test_another_architecture_is_refused_and_names_the_tensor(tmp_path):
-    ours(Toy(), tmp_path)
-    with pytest.raises(WeightsError, match=r"net.0.weight is \(8, 2\) float32, the model's is \(9, 2\)"): ours(Toy(9), tmp_path)
-    (tmp_path / "result.json").unlink()
-    with pytest.raises(TrainingError, match=r"net.0.weight is \(8, 2\) float32, the model's is \(9, 2\)"): ours(Toy(9), tmp_path)
-
-
-def test_other_frozen_parts_are_refused(tmp_path):
-    ours(Toy(), tmp_path)
-    (tmp_path / "result.json").unlink()
-    model = Toy()
-    model.net[3].requires_grad_(False)
-    with pytest.raises(TrainingError, match="other parameters are trained"): ours(model, tmp_path)
-
-
-def test_weights_changed_behind_its_back_are_refused(tmp_path):
-    ours(Toy(), tmp_path)
-    save_weights(Toy(), tmp_path / "weights.safetensors")
-    with pytest.raises(WeightsError, match="weights.safetensors is not the file that training wrote"): ours(Toy(), tmp_path)
-
-
-class Bomb:
-    def __reduce__(self): return (exec, ("raise SystemExit('code from a checkpoint was run')",))
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80\x02garbage", "cut", "bomb", "other"])
-def test_a_checkpoint_that_cannot_be_read_is_refused_and_runs_nothing(tmp_path, content):
-    ours(Toy(), tmp_path)
-    (tmp_path / "result.json").unlink()
-    path = tmp_path / "state.pt"
-    if content == "cut": path.write_bytes(path.read_bytes()[:-100])
-    elif content == "bomb": torch.save({"schema_version": 1, "step": Bomb()}, path)
-    elif content == "other": torch.save({"epoch": 3}, path)
-    else: path.write_bytes(content)
-    with pytest.raises(TrainingError, match="state.pt is no checkpoint.*delete it"): ours(Toy(), tmp_path)
-
-
-def test_resume_without_a_checkpoint_starts_at_zero(tmp_path):
-    assert fit(Toy(), sample, RECIPE, [Resume(tmp_path / "state.pt", {})]).step == 40
-
-
-def test_further_callbacks_see_the_complete_row_and_come_before_the_checkpoint(tmp_path):
-    rows = []
-    class Watch(Callback):
-        def on_step(self, run):
-            if run.log: rows.append({"step": run.step, **run.log})
-            run.resume_state["mine"] = run.step
-    ours(Toy(), tmp_path, callbacks=[Watch()])
-    assert rows == read_metrics(tmp_path / "metrics.jsonl")
-    assert read_state(tmp_path / "state.pt")["kept"]["mine"] == 40
-
-
-def test_a_callback_after_the_last_validation_may_stop_the_run(tmp_path):
-    result = ours(Toy(), tmp_path, callbacks=[At(23, lambda run: setattr(run, "stop", "pressed"))])
-    assert result["stopped_early"] and result["reason"] == "pressed" and result["steps"] == 23
-
-
-def test_a_run_stopped_before_its_first_validation_keeps_what_it_has(tmp_path):
-    model = Toy()
-    result = ours(model, tmp_path, callbacks=[At(3, lambda run: setattr(run, "stop", "pressed"))])
-    assert (result["steps"], result["best_step"], result["best_value"]) == (3, 3, None) and result["weights"] == weights_hash(model)
+    ours(
+        Toy(),
+        tmp_path,
+        RECIPE.model_copy(update={"picture_every": 0}),
+        picture=lambda step: pytest.fail("drawn"),
+    )
 
 
 def test_the_module_exports_what_the_chapter_promises():
-    assert {"train", "Progress", "Metrics", "Validation", "BestWeights", "EarlyStopping", "Checkpoint", "Resume", "NaNGuard", "Pictures"} <= set(module.__all__)
+    promised = {"Progress", "Metrics", "Validation", "BestWeights", "EarlyStopping", "NaNGuard", "Pictures"}
+    assert promised <= set(module.__all__)

@@ -39,9 +39,10 @@ def cache_name(
 
 # %% ../../nbs/4_eval/40_latents.ipynb #afa456d5
 def _latent_batches(
-    model: WorldModel, dataset: Dataset, device: str | torch.device, dtype: str, batch: int, progress: bool,
+    model: WorldModel, dataset: Dataset, device: str | torch.device, dtype: str, batch: int, progress: bool
 ) -> Iterator[np.ndarray]:  # (b, N, D)
-    stills = Windows(dataset, np.arange(len(dataset)), steps=0, frame_stack=model.frame_stack)  # window r is row r
+    # window r of no steps is row r
+    stills = Windows(dataset, np.arange(len(dataset)), steps=0, frame_stack=model.frame_stack)
     begins = range(0, len(stills), batch)
     with evaluation_mode(model):
         for begin in tqdm(begins, desc="latents", unit="batch", disable=not progress):
@@ -50,8 +51,8 @@ def _latent_batches(
             z = model.encode(frames)[:, 0].to(getattr(torch, dtype)).cpu().numpy()  # (b, N, D)
             if not np.isfinite(z).all():
                 mend = "use float32" if dtype == "float16" else "the model's weights are broken"
-                raise LatentsError(f"rows {begin} to {rows[-1]} of dataset {dataset.folder.name} have latents "
-                                   f"that are not finite in {dtype}; {mend}")
+                raise LatentsError(f"rows {begin} to {rows[-1]} of dataset {dataset.folder.name} "
+                                   f"have latents that are not finite in {dtype}; {mend}")
             yield z
 
 # %% ../../nbs/4_eval/40_latents.ipynb #ad2ef17e

@@ -59,11 +59,11 @@ class KVCache:
 def _fresh_std(dim: int) -> float: return 0.02 * math.sqrt(1024 / dim)  # of weights, at a width
 
 class ActionConditionedPredictor(nn.Module):
-    "Tokens of steps and what was done in each, to tokens of the next steps (V-JEPA 2-AC; Assran et al., 2025)."
+    "Tokens of steps and actions to tokens of the next steps (V-JEPA 2-AC; Assran et al., 2025)."
     def __init__(self,
         width: int,                        # D: width of the encoder's tokens
         grid: tuple[int, int],             # rows and columns of a frame's N tokens
-        conditions: dict[str, nn.Module],  # one token each a step, by name, in order: (B, T, …) -> (B, T, dim)
+        conditions: dict[str, nn.Module],  # one token each a step, by name: (B, T, …) -> (B, T, dim)
         dim: int,                          # width of the transformer
         depth: int,                        # blocks
         heads: int,                        # attention heads; must divide dim
@@ -136,7 +136,7 @@ class WorldModelTransformer(ActionConditionedPredictor, Trainable):
         width: int,             # D: width of the encoder's tokens
         grid: tuple[int, int],  # rows and columns of a frame's N tokens
         action: ActionSpec,     # what actions look like
-        s: ActionSettings,      # its sizes, and those of its loss: teacher_forcing, rollout_steps, loss_exponent
+        s: ActionSettings,      # its sizes; for its loss teacher_forcing, rollout_steps, loss_exponent
     ):
         conditions = dict(action_encoder=ActionEmbedding(action, s.dim))
         super().__init__(width, grid, conditions, s.dim, s.depth, s.heads, s.mlp_ratio, s.context_length)
@@ -202,8 +202,8 @@ def loss(self: WorldModelTransformer,
 ) -> LossTerms:
     "Error of one-step predictions over the window, and of a rollout. Raises `SettingsError` without latents."
     if batch.latents is None:
-        raise SettingsError("stage 2 (the section [vjepa2.action]) learns from the tokens of stage 1, and this batch "
-                            "has none; cut its windows with latents=encode_dataset(model, …)")
+        raise SettingsError("stage 2 (the section [vjepa2.action]) learns from the tokens of stage 1, and this "
+                            "batch has none; cut its windows with latents=encode_dataset(model, …)")
     z, a, r, p = batch.latents, batch.actions, self.settings.teacher_forcing, self.settings.loss_exponent
     T, terms = a.shape[1] if r else 1, {}            # without teacher forcing, the first step is all it takes
     forced, cache = self.step(z[:, :T], a[:, :T])    # (B, T, N, D)

@@ -36,31 +36,33 @@ class TubeletEmbedding(nn.Module):
         self.size = (tubelet, patch, patch)
         self.proj = nn.Conv3d(channels, dim, self.size, self.size)
 
-    def grid(self,
-        *clip: int,  # T, h, w
-    ) -> Grid:
-        "How many tubelets there are along each axis. Raises `SettingsError` when they do not fill the clip."
-        for key, length, step in zip(("tubelet_size", "patch_size", "patch_size"), clip, self.size):
-            if length % step == 0: continue
-            raise SettingsError(f"setting 'vjepa2.pretrain.{key}' = {step} does not divide a clip of {clip[0]} "
-                                f"frames of {clip[1]}×{clip[2]} px; "
-                                "change it, or vjepa2.pretrain.frames or env.size")
-        return tuple(length // step for length, step in zip(clip, self.size))
+    def forward(self,
+        rows: Tensor,  # (B, K, C·t·p·p): any of the tubelets
+    ) -> Tensor:       # (B, K, D)
+        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
-# %% ../../nbs/3_models/34_masked.ipynb #msk001
+# %% ../../nbs/3_models/34_masked.ipynb #aca7116a
+@patch
+def grid(self: TubeletEmbedding,
+    *clip: int,  # T, h, w
+) -> Grid:
+    "How many tubelets there are along each axis. Raises `SettingsError` if they do not fill the clip."
+    names = ("vjepa2.pretrain.tubelet_size", "vjepa2.pretrain.patch_size", "vjepa2.pretrain.patch_size")
+    for name, length, step in zip(names, clip, self.size):
+        if length % step == 0: continue
+        raise SettingsError(f"setting '{name}' = {step} does not divide a clip of {clip[0]} frames of "
+                            f"{clip[1]}×{clip[2]} px; change it, or vjepa2.pretrain.frames or env.size")
+    return tuple(length // step for length, step in zip(clip, self.size))
+
+# %% ../../nbs/3_models/34_masked.ipynb #43259829
 @patch
 def patchify(self: TubeletEmbedding,
     clip: Tensor,          # (B, C, T, h, w)
 ) -> tuple[Tensor, Grid]:  # (B, N, C·t·p·p), and how many there are along each axis
     "Tubelets as rows, in the order time, row, column. Raises `SettingsError` like `grid`."
-    grid, (t, p, q) = self.grid(*clip.shape[2:]), self.size
+    grid = self.grid(*clip.shape[2:])
+    t, p, q = self.size
     return rearrange(clip, "b c (T t) (H p) (W q) -> b (T H W) (c t p q)", t=t, p=p, q=q), grid
-
-@patch
-def forward(self: TubeletEmbedding,
-    rows: Tensor,  # (B, K, C·t·p·p): any of the tubelets
-) -> Tensor:       # (B, K, D)
-    return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
 # %% ../../nbs/3_models/34_masked.ipynb #30bf3825
 def gather_tokens(
@@ -91,32 +93,42 @@ class MaskedViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if mask_token else None
         init_weights(self, self.blocks)
-        nn.init.trunc_normal_(self.patch_embed.proj.bias, std=0.02)        # an empty tubelet is not nothing
+        nn.init.trunc_normal_(self.patch_embed.proj.bias, std=0.02)     # an empty tubelet is not nothing
 
-# %% ../../nbs/3_models/34_masked.ipynb #msk004
+# %% ../../nbs/3_models/34_masked.ipynb #ff9626d5
+@patch
+def embed_visible(self: MaskedViT,
+    rows: Tensor,     # (B, N, C·t·p·p): all tubelets
+    keep: Tensor,     # (B, K): numbers of the visible ones
+) -> Tensor:          # (B, K, D); with a mask token (B, N, D)
+    "Tokens of the visible tubelets; with a mask token, that one stands wherever a tubelet is hidden."
+    x = self.patch_embed(gather_tokens(rows, keep))                            # (B, K, D)
+    if self.mask_token is None: return x
+    hidden = self.mask_token.to(x.dtype).expand(*rows.shape[:2], -1)           # (B, N, D)
+    return hidden.scatter(1, keep[..., None].expand(-1, -1, self.dim), x)
+
+# %% ../../nbs/3_models/34_masked.ipynb #dc0a94f0
+@patch
+def encode(self: MaskedViT,
+    rows: Tensor,                # (B, N, C·t·p·p): all tubelets, by `patchify`
+    grid: Grid,                  # T', H', W'
+    keep: Tensor | None = None,  # (B, K): numbers of the visible tokens; None for all
+) -> Tensor:                     # (B, K, D), or (B, N, D) with a mask token or without `keep`
+    "The encoder on a clip that is cut already."
+    positions = grid_positions(*grid, device=rows.device)                      # (N, 3)
+    if keep is not None and self.mask_token is None: positions = positions[keep]  # (B, K, 3)
+    x = self.patch_embed(rows) if keep is None else self.embed_visible(rows, keep)
+    tables = rotary_tables(positions, self.head_dim)
+    for block in self.blocks: x = block(x, tables)
+    return self.norm(x)
+
 @patch
 def forward(self: MaskedViT,
     clip: Tensor,                # (B, C, T, h, w), centred and scaled
     keep: Tensor | None = None,  # (B, K): numbers of the visible tokens; None for all
-) -> Tensor:                     # (B, K, D), or (B, N, D) with a mask token or without `keep`
+) -> Tensor:                     # like `encode`
+    "Cut a clip, and encode it."
     return self.encode(*self.patch_embed.patchify(clip), keep)
-
-@patch
-def encode(self: MaskedViT,
-    rows: Tensor,                # (B, N, C·t·p·p): all tubelets, as cut
-    grid: Grid,                  # T', H', W'
-    keep: Tensor | None = None,  # (B, K)
-) -> Tensor:                     # like `forward`
-    "The encoder on a clip that is cut already, so that several masks can share the cutting."
-    positions = grid_positions(*grid, device=rows.device)                 # (N, 3)
-    x = self.patch_embed(rows if keep is None else gather_tokens(rows, keep))
-    if keep is not None and self.mask_token is None: positions = positions[keep]
-    if keep is not None and self.mask_token is not None:
-        hidden = self.mask_token.to(x.dtype).expand(*rows.shape[:2], -1)  # (B, N, D)
-        x = hidden.scatter(1, keep[..., None].expand(-1, -1, self.dim), x)
-    tables = rotary_tables(positions, self.head_dim)
-    for block in self.blocks: x = block(x, tables)
-    return self.norm(x)
 
 # %% ../../nbs/3_models/34_masked.ipynb #6a3d09a9
 @patch
@@ -140,25 +152,27 @@ class MaskedPredictor(nn.Module):
         super().__init__()
         self.head_dim = width // heads
         self.predictor_embed = nn.Linear(dim, width)
-        self.mask_tokens = nn.ParameterList(nn.Parameter(torch.zeros(1, 1, width)) for _ in range(mask_tokens))
+        tokens = [nn.Parameter(torch.zeros(1, 1, width)) for _ in range(mask_tokens)]
+        self.mask_tokens = nn.ParameterList(tokens)
         self.predictor_blocks = nn.ModuleList(RotaryBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, dim)
         init_weights(self, self.predictor_blocks)
 
-# %% ../../nbs/3_models/34_masked.ipynb #msk005
+# %% ../../nbs/3_models/34_masked.ipynb #0a417ffd
 @patch
 def forward(self: MaskedPredictor,
-    x: Tensor,        # the encoder's output at the visible tokens (B, K, D)
+    x: Tensor,        # what the encoder said of the visible tokens (B, K, D)
     context: Tensor,  # (B, K): their numbers
     targets: Tensor,  # (B, K'): numbers of the tokens to predict
     grid: Grid,       # T', H', W'
     kind: int = 0,    # of mask: chooses the mask token
 ) -> Tensor:          # (B, K', D)
-    tokens = torch.cat([context, targets], 1)                             # (B, K+K')
-    positions = grid_positions(*grid, device=x.device)[tokens]            # (B, K+K', 3)
+    "The target tokens, predicted from the visible ones."
+    positions = grid_positions(*grid, device=x.device)                         # (N, 3)
+    tables = rotary_tables(positions[torch.cat([context, targets], 1)], self.head_dim)
     asked = self.mask_tokens[kind % len(self.mask_tokens)].expand(*targets.shape, -1)
-    x, tables = torch.cat([self.predictor_embed(x), asked], 1), rotary_tables(positions, self.head_dim)
+    x = torch.cat([self.predictor_embed(x), asked], 1)                         # (B, K+K', width)
     for block in self.predictor_blocks: x = block(x, tables)
     return self.predictor_proj(self.predictor_norm(x[:, context.shape[1]:]))
 
@@ -173,7 +187,7 @@ class TokenPredictor(nn.Module):
         self.net = mlp([dim, width, dim], "gelu")
 
     def forward(self,
-        x: Tensor,        # the encoder's output at all tokens (B, N, D)
+        x: Tensor,        # what the encoder said of all tokens (B, N, D)
         context: Tensor,  # (B, K); not used
         targets: Tensor,  # (B, K')
         grid: Grid,       # not used
@@ -191,26 +205,27 @@ class MaskedPredictionModel(Trainable):
         super().__init__()
         s, channels = settings.vjepa2.pretrain, spec.frame_shape[0]
         self.settings, simple = s, s.predictor == "mlp"
-        self.encoder = MaskedViT(channels, s.tubelet_size, s.patch_size, s.dim, s.depth, s.heads, s.mlp_ratio,
-                                 mask_token=simple)
-        if simple: self.predictor = TokenPredictor(s.dim, s.predictor_dim)
-        else: self.predictor = MaskedPredictor(s.dim, s.predictor_dim, s.predictor_depth, s.predictor_heads,
-                                               len(s.blocks), s.mlp_ratio)
+        self.encoder = MaskedViT(
+            channels, s.tubelet_size, s.patch_size, s.dim, s.depth, s.heads, s.mlp_ratio, mask_token=simple)
+        self.predictor = TokenPredictor(s.dim, s.predictor_dim) if simple else MaskedPredictor(
+            s.dim, s.predictor_dim, s.predictor_depth, s.predictor_heads, len(s.blocks), s.mlp_ratio)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.register_buffer("mean_frame", torch.zeros(spec.frame_shape))    # (C, h, w), 0…1: what is taken off
-        self.register_buffer("frame_scale", torch.ones(channels, 1, 1))      # standard deviation of what is left
+        self.register_buffer("mean_frame", torch.zeros(spec.frame_shape))  # (C, h, w), 0…1: what is taken off
+        self.register_buffer("frame_scale", torch.ones(channels, 1, 1))    # standard deviation of the rest
         if not s.pretrained: check_masks(s, self.grid())
 
-    def grid(self) -> Grid:
-        "How a clip of `vjepa2.pretrain.frames` frames is cut: T', H', W'. Raises `SettingsError`."
-        return self.target.patch_embed.grid(self.settings.frames, *self.mean_frame.shape[1:])
+# %% ../../nbs/3_models/34_masked.ipynb #6a83ca12
+@patch
+def grid(self: MaskedPredictionModel) -> Grid:
+    "How a clip of `vjepa2.pretrain.frames` frames is cut: T', H', W'. Raises `SettingsError`."
+    return self.target.patch_embed.grid(self.settings.frames, *self.mean_frame.shape[1:])
 
-# %% ../../nbs/3_models/34_masked.ipynb #msk008
+# %% ../../nbs/3_models/34_masked.ipynb #1bb0c2f8
 @patch
 def fit_normalization(self: MaskedPredictionModel,
-    frames: Tensor,           # uint8 (n, C, h, w): some hundred training frames
-) -> MaskedPredictionModel:   # itself
-    "Learn what frames usually look like, once, before training; released weights keep their own."
+    frames: Tensor,            # uint8 (n, C, h, w): some hundred training frames
+) -> "MaskedPredictionModel":  # itself
+    "Learn what frames usually look like, once, before training; released weights keep what they know."
     if self.settings.pretrained: return self
     x = frames_to_float(frames)
     self.mean_frame.copy_(x.median(0).values)
@@ -233,45 +248,53 @@ def predict(self: MaskedPredictionModel,
     targets: Tensor,  # hidden tokens (B, K')
     kind: int = 0,    # of mask
 ) -> Tensor:          # (B, K', D)
-    "What the hidden tokens would be, from the visible ones. Raises `SettingsError` without a predictor."
+    "The hidden tokens, predicted from the visible ones. Raises `SettingsError` where there is no predictor."
     if self.predictor is None:
-        raise SettingsError(f"the weights of 'vjepa2.pretrain.pretrained' = {self.settings.pretrained!r} hold "
-                            "no masked predictor, so there is nothing to train or to draw")
+        raise SettingsError(f"the weights of 'vjepa2.pretrain.pretrained' = {self.settings.pretrained!r} "
+                            "hold no masked predictor, so there is nothing to train or to draw")
     return self.predictor(self.encoder.encode(rows, grid, context), context, targets, grid, kind)
 
+# %% ../../nbs/3_models/34_masked.ipynb #c8e82da5
 @patch
-def _masked_errors(self: MaskedPredictionModel, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
-    rows, grid = self.target.patch_embed.patchify(self.preprocess(batch.frames[:, -self.settings.frames:]))
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    with torch.no_grad(): y = self.target.encode(rows, grid)              # (B, N, D)
-    y, errors, asked = F.layer_norm(y, y.shape[-1:]), [], []
-    for kind, mask in enumerate(draw_masks(self.settings, len(rows), grid, generator)):
-        context, targets = (part.to(rows.device) for part in mask)        # (B, K), (B, K')
-        predicted = self.predict(rows, grid, context, targets, kind)      # (B, K', D)
-        errors.append(F.l1_loss(predicted, gather_tokens(y, targets)))
-        asked.append(targets)
-    return torch.stack(errors).mean(), y, asked
+@torch.no_grad()
+def target_tokens(self: MaskedPredictionModel,
+    rows: Tensor,  # tubelets of clips (B, N, C·t·p·p)
+    grid: Grid,    # T', H', W'
+) -> Tensor:       # (B, N, D): mean 0, standard deviation 1 over channels; without gradient
+    "What is to be predicted: the target encoder's tokens of the whole clip, layer-normed."
+    y = self.target.encode(rows, grid)
+    return F.layer_norm(y, y.shape[-1:])
 
-# %% ../../nbs/3_models/34_masked.ipynb #msk009
+# %% ../../nbs/3_models/34_masked.ipynb #0c56eb54
 def constant_error(
-    y: Tensor,            # layer-normed target tokens (B, N, D)
-    asked: list[Tensor],  # hidden tokens of each mask (B, K')
-) -> Tensor:              # scalar > 0
-    "The error of the best constant, each token's median over the batch: what knowing only the room scores."
-    usual = y.median(0, keepdim=True).values.expand_as(y)
-    errors = [F.l1_loss(gather_tokens(usual, targets), gather_tokens(y, targets)) for targets in asked]
+    y: Tensor,            # target tokens (B, N, D)
+    asked: list[Tensor],  # numbers of the hidden tokens, (B, K') for each mask
+) -> Tensor:              # scalar, 1e-8 or more
+    "Error of the best constant under an absolute error: the median token of each position over the batch."
+    usual = y.median(0, keepdim=True).values.expand_as(y)                      # (B, N, D)
+    errors = [F.l1_loss(gather_tokens(usual, hidden), gather_tokens(y, hidden)) for hidden in asked]
     return torch.stack(errors).mean().clamp(min=1e-8)
 
+# %% ../../nbs/3_models/34_masked.ipynb #12f13827
 @patch
 def loss(self: MaskedPredictionModel,
     batch: Batch,  # windows of vjepa2.pretrain.frames frames; of longer ones the last frames are used
 ) -> LossTerms:
-    "Absolute error at hidden positions against layer-normed targets, mean over the masks (V-JEPA 2, eq. 1)."
-    error, y, asked = self._masked_errors(batch)
+    "Mean absolute error at hidden positions, averaged over the masks (V-JEPA 2, eq. 1)."
+    clip = self.preprocess(batch.frames[:, -self.settings.frames:])            # (B, C, T, h, w)
+    rows, grid = self.target.patch_embed.patchify(clip)                        # (B, N, C·t·p·p)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    y, errors, asked = self.target_tokens(rows, grid), [], []                  # y (B, N, D)
+    for kind, mask in enumerate(draw_masks(self.settings, len(rows), grid, generator)):
+        context, targets = (part.to(rows.device) for part in mask)             # (B, K), (B, K')
+        predicted = self.predict(rows, grid, context, targets, kind)           # (B, K', D)
+        errors.append(F.l1_loss(predicted, gather_tokens(y, targets)))
+        asked.append(targets)
+    error = torch.stack(errors).mean()
     terms = dict(prediction=error.detach(), spread=y.std(0).mean())
     if self.training: return LossTerms(error, terms)
-    baseline = constant_error(y, asked)
-    return LossTerms(error / baseline, terms | dict(skill=1 - error.detach() / baseline))
+    constant = constant_error(y, asked)
+    return LossTerms(error / constant, terms | dict(skill=1 - error.detach() / constant))
 
 # %% ../../nbs/3_models/34_masked.ipynb #d4da6abc
 @patch
@@ -280,9 +303,10 @@ def after_step(self: MaskedPredictionModel,
     steps: int,  # n: how many there will be
 ) -> None:
     "Moves the target encoder towards the online one, ever more slowly."
-    m = self.settings.ema_start + (self.settings.ema_end - self.settings.ema_start) * step / steps
-    slow, fast = list(self.target.parameters()), list(self.encoder.parameters())
-    with torch.no_grad(): torch._foreach_lerp_(slow, fast, 1 - m)
+    s = self.settings
+    m = s.ema_start + (s.ema_end - s.ema_start) * step / steps
+    target, online = list(self.target.parameters()), list(self.encoder.parameters())
+    with torch.no_grad(): torch._foreach_lerp_(target, online, 1 - m)
 
 # %% ../../nbs/3_models/34_masked.ipynb #e7ba65f5
 @patch
@@ -292,17 +316,17 @@ def error_map(self: MaskedPredictionModel,
     groups: int = 4,  # positions are dealt out to so many groups, each hidden in turn
     seed: int = 0,    # how they are dealt out
 ) -> Tensor:          # (B, T', H', W'): mean absolute error of each token
-    "How well each token is predicted when its place is hidden for the whole clip."
-    rows, grid = self.target.patch_embed.patchify(self.preprocess(frames))
-    y, count = self.target.encode(rows, grid), grid[1] * grid[2]
-    y, errors = F.layer_norm(y, y.shape[-1:]), torch.zeros(rows.shape[:2], device=rows.device)
+    "How well each token is predicted when its position is hidden for the whole clip."
+    rows, grid = self.target.patch_embed.patchify(self.preprocess(frames))     # (B, N, C·t·p·p)
+    y, count = self.target_tokens(rows, grid), grid[1] * grid[2]               # (B, N, D)
+    errors = torch.zeros(rows.shape[:2], device=rows.device)                   # (B, N)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(rows.device)
     for hidden in order.chunk(groups):
         shown = order[~torch.isin(order, hidden)]
-        context, targets = (all_steps(part.sort().values.expand(len(rows), -1), grid[0], count)
-                            for part in (shown, hidden))
-        predicted = self.predict(rows, grid, context, targets)            # (B, K', D)
-        errors.scatter_(1, targets, (predicted - gather_tokens(y, targets)).abs().mean(-1))
+        everywhere = [part.sort().values.expand(len(rows), -1) for part in (shown, hidden)]
+        context, targets = (all_steps(part, grid[0], count) for part in everywhere)
+        missed = self.predict(rows, grid, context, targets) - gather_tokens(y, targets)
+        errors.scatter_(1, targets, missed.abs().mean(-1))
     return errors.view(len(rows), *grid)
 
 # %% ../../nbs/3_models/34_masked.ipynb #7df6f0d1
@@ -310,6 +334,6 @@ def error_map(self: MaskedPredictionModel,
 def encode_frames(self: MaskedPredictionModel,
     frames: Tensor,  # uint8 (B, T, C, h, w)
 ) -> Tensor:         # (B, T, N, D): N = H'·W' tokens of each frame
-    "The target encoder on each frame by itself; what stage 2 and everything after it look through."
-    images = self.preprocess(frames).transpose(1, 2).flatten(0, 1)        # (B·T, C, h, w)
+    "The target encoder on each frame by itself: the tokens that stage 2 and everything after it work with."
+    images = self.preprocess(frames).transpose(1, 2).flatten(0, 1)             # (B·T, C, h, w)
     return self.target.encode_images(images).unflatten(0, frames.shape[:2])

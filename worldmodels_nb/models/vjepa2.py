@@ -33,7 +33,7 @@ class VJEPA2WorldModel(WorldModel):
         del self.mean_frame, self.frame_scale        # preprocessing is stage 1's
         action = settings.vjepa2.action
         self.masked = build_pretraining(settings, spec)
-        width, (_, *grid) = self.masked.target.dim, self.masked.grid()  # released encoders have their own sizes
+        width, (_, *grid) = self.masked.target.dim, self.masked.grid()  # released ones differ
         self.predictor = WorldModelTransformer(width, tuple(grid), spec.action, action)
         self.latent_shape, self.context_length = (grid[0] * grid[1], width), action.context_length
         self.settings, self.window = settings, action.window_steps
@@ -125,8 +125,8 @@ def check_actions(
     there, here = (tuple(weights[name].shape) for weights in (found, model.state_dict()))
     axis, what = (0, "buttons") if model.action_encoder.discrete else (1, "numbers")
     if there[axis] == here[axis]: return
-    raise SettingsError(f"these weights were trained with actions of {there[axis]} {what}, and here an action has "
-                        f"{here[axis]}; set env.id to the environment they were trained in, "
+    raise SettingsError(f"these weights were trained with actions of {there[axis]} {what}, and here an action "
+                        f"has {here[axis]}; set env.id to the environment they were trained in, "
                         "or train [vjepa2.action] anew")
 
 # %% ../../nbs/3_models/37_vjepa2.ipynb #vjepa2-081
@@ -156,8 +156,9 @@ def load_conditioned(
     heads: int = 16,                   # attention heads
     extrinsics: bool = False,          # with a condition that says where the camera is
 ) -> ActionConditionedPredictor:       # in evaluation mode
-    "The released action-conditioned predictor with its weights. Raises `ReleasedError` where anything does not fit."
-    embed, action, hidden = "predictor_embed.weight", "action_encoder.weight", "predictor_blocks.0.mlp.fc1.weight"
+    "The released action-conditioned predictor with its weights. Raises `ReleasedError` unless all fits."
+    embed, action = "predictor_embed.weight", "action_encoder.weight"
+    hidden = "predictor_blocks.0.mlp.fc1.weight"
     missing = [name for name in (embed, action, hidden) if name not in tensors]
     if missing:
         raise ReleasedError("these are no weights of an action-conditioned predictor: "

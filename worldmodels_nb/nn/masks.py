@@ -20,8 +20,8 @@ def equal_counts(
     generator: torch.Generator,  # draws what is given up
 ) -> Mask:                       # visible (B, K) and hidden (B, K') positions
     "Numbers of as many visible and as many hidden positions in every sample."
-    visible = int((~hidden).sum(1).min())                                          # K
-    asked = int(hidden.sum(1).min())                                               # K'
+    visible = int((~hidden).sum(1).min())                                       # K
+    asked = int(hidden.sum(1).min())                                            # K'
     shuffled = torch.rand(hidden.shape, generator=generator)
     order = (shuffled + hidden).argsort(1)                                      # visible first, then hidden
     return order[:, :visible].sort(1).values, order[:, hidden.shape[1] - asked:].sort(1).values

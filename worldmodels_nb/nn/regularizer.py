@@ -86,10 +86,10 @@ def _refuse_name(name: str, make: Callable) -> None:
     if not name.isidentifier() or name in _TAKEN:
         raise ValueError(f"a term cannot be called {name!r}: "
                          "it is no word, or [loss] means something else by it")
-    old = TERMS[name].make if name in TERMS else make
-    if (old.__module__, old.__qualname__) != (make.__module__, make.__qualname__):
-        raise ValueError(f"a term called {name!r} is declared already, "
-                         f"by {old.__module__}.{old.__qualname__}; choose another name")
+    if name not in TERMS: return
+    old, own = (f"{each.__module__}.{each.__qualname__}" for each in (TERMS[name].make, make))
+    if old != own:
+        raise ValueError(f"a term called {name!r} is declared already, by {old}; choose another name")
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #reg005
 def loss_term(

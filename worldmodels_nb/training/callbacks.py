@@ -64,7 +64,7 @@ def read_metrics(
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
-# %% ../../nbs/2_training/21_callbacks.ipynb #3464fed1
+# %% ../../nbs/2_training/21_callbacks.ipynb #c72adc31
 class Metrics(Callback):
     "Appends a row every few steps, and whenever a callback before it has put numbers into `run.log`."
     def __init__(self,
@@ -152,7 +152,7 @@ class Validation(Callback):
                                 f"Last good checkpoint: {run.checkpoint or 'none'}")
         run.log |= values
 
-# %% ../../nbs/2_training/21_callbacks.ipynb #bcde9fa4
+# %% ../../nbs/2_training/21_callbacks.ipynb #e69621c3
 @patch
 def measure(self: Validation,
     model: Trainable,      # as it is now
@@ -240,7 +240,7 @@ class NaNGuard(Callback):
         "Look at the note, if it is time."
         if run.due(self.every): self._look(run)
 
-# %% ../../nbs/2_training/21_callbacks.ipynb #285b9d50
+# %% ../../nbs/2_training/21_callbacks.ipynb #ef138817
 @patch
 def before_update(self: NaNGuard, run: Run) -> None:
     "Note on the device whether all is finite, and keep AdamW from using what is not."
@@ -253,7 +253,7 @@ def before_update(self: NaNGuard, run: Run) -> None:
     self.good = self.good + self.finite.all()                      # counts on the device, up to that step
     run.optimizer.found_inf = (~self.finite.all()).float()         # 1: AdamW changes nothing
 
-# %% ../../nbs/2_training/21_callbacks.ipynb #68696794
+# %% ../../nbs/2_training/21_callbacks.ipynb #ce2e98f6
 @patch
 def _look(self: NaNGuard, run: Run) -> None:
     if not self.names or self.finite.all(): return

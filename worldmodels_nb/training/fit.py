@@ -27,7 +27,7 @@ class LossTerms:
     total: Tensor             # scalar, differentiable
     terms: dict[str, Tensor]  # each term's unweighted value, detached scalars
 
-# %% ../../nbs/2_training/20_fit.ipynb #070e2f19
+# %% ../../nbs/2_training/20_fit.ipynb #5ef0efbe
 def weighted(
     terms: dict[str, Tensor],    # scalars by name
     weights: dict[str, float],   # factor of each; a missing one counts 1
@@ -78,11 +78,11 @@ def spared_from_decay(
     small = {name for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("bias")}
     return norms | small
 
-# %% ../../nbs/2_training/20_fit.ipynb #961367bc
+# %% ../../nbs/2_training/20_fit.ipynb #7544eeae
 class TrainingError(ValueError):
     "Training cannot start or go on; one sentence says why, and how to mend it."
 
-# %% ../../nbs/2_training/20_fit.ipynb #4f8593a3
+# %% ../../nbs/2_training/20_fit.ipynb #8f8b1a19
 def make_optimizer(
     model: nn.Module,            # what to train; frozen parameters are left out
     settings: TrainingSettings,  # learning_rate and weight_decay
@@ -114,7 +114,7 @@ class Run:
     checkpoint: str = ""              # where the run could be taken up again; empty for nowhere
     began: float = field(default_factory=time.perf_counter)  # clock reading at step 0, moved by a restart
 
-# %% ../../nbs/2_training/20_fit.ipynb #60b858af
+# %% ../../nbs/2_training/20_fit.ipynb #0f2edcf2
 @patch(as_prop=True)
 def seconds(self: Run) -> float:
     "Seconds of training so far, those before a restart included."
@@ -162,7 +162,7 @@ def fit(
     for callback in callbacks: callback.on_end(run)
     return run
 
-# %% ../../nbs/2_training/20_fit.ipynb #bbc22e7b
+# %% ../../nbs/2_training/20_fit.ipynb #1c93a81f
 def fit_windows(
     model: Trainable,                    # its loss takes a batch of these windows
     windows: Windows,                    # what to learn from
@@ -175,7 +175,7 @@ def fit_windows(
     def sample(step: int) -> Batch: return windows.sample(settings.batch_size, seed, step)
     return fit(model, sample, settings, callbacks, device)
 
-# %% ../../nbs/2_training/20_fit.ipynb #dc14bcd2
+# %% ../../nbs/2_training/20_fit.ipynb #ac0c9ea2
 class History(Callback):
     "Keeps the loss and its terms in memory, for a curve. It reads the device: for small things."
     def __init__(self,
@@ -195,7 +195,7 @@ class History(Callback):
         "The values of one term."
         return [row[name] for row in self.rows if name in row]
 
-# %% ../../nbs/2_training/20_fit.ipynb #699cf717
+# %% ../../nbs/2_training/20_fit.ipynb #02e93e2b
 @patch
 def lines(self: History,
     *names: str,        # total, or terms; none for all the terms
@@ -230,7 +230,7 @@ def weights_bytes(
     "The model's weights and buffers as the content of a file."
     return tensor_bytes(model.state_dict())
 
-# %% ../../nbs/2_training/20_fit.ipynb #ccbb2862
+# %% ../../nbs/2_training/20_fit.ipynb #6d51c75d
 def weights_hash(
     model: nn.Module,  # any module
 ) -> str:              # 64 hexadecimal digits
@@ -262,7 +262,7 @@ def differences(
     clauses += [f"the model has no {name}" for name in found if name not in wanted]
     return "; ".join(clauses[:3]) + (f"; and {len(clauses) - 3} more" if len(clauses) > 3 else "")
 
-# %% ../../nbs/2_training/20_fit.ipynb #2e657af8
+# %% ../../nbs/2_training/20_fit.ipynb #5d13d9b9
 class WeightsError(ValueError):
     "A file of weights that cannot be used; one sentence names it and says why."
 

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 import torch
 from ..data.datasets import Windows
 from ..settings import TrainingSettings, read_json, seed_everything, write_json, write_whole
-from .callbacks import (READ_EVERY, BestWeights, EarlyStopping, Metrics, NaNGuard,
-    Pictures, Progress, Validation, generator_states, restore_generators)
-from .fit import (Callback, Run, Trainable, TrainingError, count_parameters,
-    differences, fit_windows, in_steps, load_weights, save_weights, weights_hash)
+from .callbacks import READ_EVERY, BestWeights, EarlyStopping, Metrics, NaNGuard
+from .callbacks import Pictures, Progress, Validation, generator_states
+from .callbacks import restore_generators
+from .fit import Callback, Run, Trainable, TrainingError, count_parameters, differences
+from .fit import fit_windows, in_steps, load_weights, save_weights, weights_hash
 
 # %% ../../nbs/2_training/22_parts.ipynb #6ba532b8
 STATE_SCHEMA = 2
@@ -41,7 +42,7 @@ class Checkpoint(Callback):
         write_whole(self.path, buffer.getvalue())
         run.checkpoint = f"{self.path} (step {run.step})"
 
-# %% ../../nbs/2_training/22_parts.ipynb #604bcaa4
+# %% ../../nbs/2_training/22_parts.ipynb #c10f5e39
 def run_state(
     run: Run,              # after a step
 ) -> dict[str, Any]:       # numbers, words, and tensors on their device
@@ -72,8 +73,9 @@ def check_recipe(
     "Refuse to mix two recipes in one folder. Raises `TrainingError` naming the first setting that differs."
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise TrainingError(f"{folder} was trained with {key} = {found.get(key)!r}, and now it is {value!r}; "
-                                "set it back, use another folder, or start over with resume=False")
+            raise TrainingError(f"{folder} was trained with {key} = {found.get(key)!r}, and now it is "
+                                f"{value!r}; set it back, use another folder, or start over with "
+                                "resume=False")
 
 # %% ../../nbs/2_training/22_parts.ipynb #bb9093a2
 class Resume(Callback):
@@ -94,7 +96,7 @@ class Resume(Callback):
         run.checkpoint = f"{self.path} (step {run.step})"
         run.began -= state["seconds"]
 
-# %% ../../nbs/2_training/22_parts.ipynb #3c60b00f
+# %% ../../nbs/2_training/22_parts.ipynb #79607b09
 @patch
 def _restore_tensors(self: Resume, run: Run, state: dict) -> None:
     device, remedy = next(run.model.parameters()).device, "or start over with resume=False"
@@ -119,15 +121,15 @@ def standard_callbacks(
     progress: str,                            # label of the bar; empty for none
 ) -> list[Callback]:
     "Everything beside the loop, in the order that works."
-    state, look = folder / "state.pt", math.gcd(READ_EVERY, settings.validate_every, settings.checkpoint_every)
+    state, saved_every = folder / "state.pt", settings.checkpoint_every
+    look = math.gcd(READ_EVERY, settings.validate_every, saved_every)
     first = [Resume(state, recipe), NaNGuard(look)]
     shown = [Progress(progress)] if progress else []
     best = BestWeights(folder / "weights.safetensors", settings.delta)
     judged = [Validation(validation_windows, settings), best, EarlyStopping(settings.patience)]
-    drawn = picture and settings.picture_every
-    drawn = [Pictures(folder / "pictures", picture, settings.picture_every)] if drawn else []
-    last = [Metrics(folder / "metrics.jsonl"), *callbacks, Checkpoint(state, settings.checkpoint_every, recipe)]
-    return [*first, *shown, *judged, *drawn, *last]
+    drawn = [Pictures(folder / "pictures", picture, settings.picture_every)] if settings.picture_every else []
+    last = [Metrics(folder / "metrics.jsonl"), *callbacks, Checkpoint(state, saved_every, recipe)]
+    return [*first, *shown, *judged, *(drawn if picture else []), *last]
 
 # %% ../../nbs/2_training/22_parts.ipynb #c0c868bf
 RESULT_SCHEMA = 1
@@ -151,7 +153,7 @@ def _write_result(run: Run, folder: Path, recipe: Mapping[str, object]) -> dict:
               "recipe": dict(recipe)}
     return write_json(folder / "result.json", result, RESULT_SCHEMA)
 
-# %% ../../nbs/2_training/22_parts.ipynb #9e33b22e
+# %% ../../nbs/2_training/22_parts.ipynb #33436cd3
 FILES = ("result.json", "state.pt", "metrics.jsonl", "weights.safetensors", "pictures/step_*.png")
 
 def _tidy(folder: Path, resume: bool) -> None:

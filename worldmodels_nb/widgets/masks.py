@@ -11,7 +11,7 @@ from fastcore.basics import patch
 import ipywidgets
 import torch
 from torch import Tensor
-from ..nn.masks import Mask, cover, draw_masks
+from ..nn.masks import Mask, draw_masks, mask_frames
 from ..settings import make_settings
 from ..viz import Picture, filmstrip
 from .base import View
@@ -32,7 +32,7 @@ class MaskExplorer(View):
             blocks=ipywidgets.IntSlider(blocks, min=1, max=8, description="rectangles"),
             seed=ipywidgets.IntSlider(0, min=0, max=99, description="seed"))
 
-# %% ../../nbs/6_widgets/61_masks.ipynb #63b23f5d
+# %% ../../nbs/6_widgets/61_masks.ipynb #c3367c0d
 @patch
 def mask(self: MaskExplorer,
     state: dict[str, Any],  # masking, share, blocks, seed
@@ -44,7 +44,7 @@ def mask(self: MaskExplorer,
     [mask] = draw_masks(s, 1, self.grid, torch.Generator().manual_seed(state["seed"]))
     return mask
 
-# %% ../../nbs/6_widgets/61_masks.ipynb #65cee5d5
+# %% ../../nbs/6_widgets/61_masks.ipynb #b6c42e80
 @patch
 def render(self: MaskExplorer,
     state: dict[str, Any],  # masking, share, blocks, seed
@@ -55,5 +55,5 @@ def render(self: MaskExplorer,
         raise ValueError(f"a grid of {self.grid} tokens does not divide a clip of "
                          f"{sides} frames, rows and columns")
     seen, asked = self.mask(state)
-    rows = {"clip": self.clip, "seen": cover(self.clip, seen[0], self.grid)}
-    return filmstrip(rows | {"asked": cover(self.clip, asked[0], self.grid)})
+    rows = {"clip": self.clip, "seen": mask_frames(self.clip, seen[0], self.grid)}
+    return filmstrip(rows | {"asked": mask_frames(self.clip, asked[0], self.grid)})

@@ -1,0 +1,376 @@
+"Whole runs: by papermill, after failures and interruptions, again with the same numbers, tracked, and extended."
+import errno
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from run_tools import (
+    DROPPY,
+    HEADS,
+    ORACLES,
+    ROOT,
+    SMALL,
+    Interrupted,
+    Page,
+    counted,
+    counted_fits,
+    dataset_of,
+    go,
+    inside,
+    places,
+    read_csv,
+    refused,
+    results,
+    run_in,
+    small,
+    weights_of,
+)
+
+from worldmodels_nb import settings as settings_module
+from worldmodels_nb import viz
+from worldmodels_nb.data import episodes
+from worldmodels_nb.data.episodes import DatasetError
+from worldmodels_nb.eval import latents
+from worldmodels_nb.models.base import MODELS
+from worldmodels_nb.models.encdec import EncoderDecoder
+from worldmodels_nb.models.jepa import JEPA
+from worldmodels_nb.nn.regularizer import TERMS
+from worldmodels_nb.runs import evaluation
+from worldmodels_nb.runs.folder import STAGES, RunFolder, read_models, read_status
+from worldmodels_nb.runs.report import write_report
+from worldmodels_nb.settings import load_settings
+from worldmodels_nb.training.callbacks import read_metrics
+
+
+def status_of(folder):
+    return read_status(RunFolder(folder))
+
+
+# ---------------------------------------------------------------- papermill
+
+def run_notebook(name, output, *arguments, cwd):
+    command = [sys.executable, "-m", "papermill", ROOT / "nbs" / "7_run" / name, output,
+               "--no-progress-bar", "--execution-timeout", "120", *arguments]
+    env = os.environ | dict(OMP_NUM_THREADS="1", MPLBACKEND="agg")
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200, env=env)
+
+
+def errors_in(path):
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [out["evalue"] for cell in code for out in cell.outputs if out.output_type == "error"]
+
+
+def test_papermill_makes_a_run_and_its_report_from_any_directory(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    given = json.dumps(dict(models=["jepa"], seed=3, overrides=SMALL | places(tmp_path)))
+    done = run_notebook("70_run_experiment.ipynb", tmp_path / "run.ipynb", "-p", "run", "mine",
+                        "-p", "preset", "smoke", "-y", given, cwd=elsewhere)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs" / "mine"
+    assert status_of(folder)["status"] == "finished"
+    assert load_settings(folder / "settings.ini") == small(tmp_path, {"run.seed": 3})
+    assert errors_in(tmp_path / "run.ipynb") == [] and (tmp_path / "run.ipynb").stat().st_size < 1e6
+    done = run_notebook("71_run_report.ipynb", tmp_path / "report.ipynb", "-p", "run", "mine",
+                        "-p", "runs", str(tmp_path / "runs"), cwd=elsewhere)
+    assert (folder / "report.html").exists() and (folder / "comparison.csv").exists()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_papermill_refuses_a_misspelt_parameter_before_anything_runs(tmp_path):
+    given = json.dumps(dict(overrides=places(tmp_path)))
+    done = run_notebook("70_run_experiment.ipynb", tmp_path / "run.ipynb", "-p", "run", "mine",
+                        "-p", "prest", "smoke", "-y", given, cwd=tmp_path)
+    assert done.returncode == 1
+    assert ["'prest'" in said and "'preset'" in said for said in errors_in(tmp_path / "run.ipynb")] == [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.ipynb"]
+
+
+# ---------------------------------------------------------------- a full disk
+
+@contextmanager
+def full_disk(after):
+    "No room for datasets after so many writes."
+    real, written = episodes.RowFile.append, []
+    def append(self, rows):
+        if len(written) >= after: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(len(rows))
+        real(self, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(episodes.RowFile, "append", append)
+        yield
+    assert len(written) == after
+
+
+def test_a_full_disk_leaves_nothing_and_the_run_can_be_started_again(tmp_path):
+    words = ("No space left on device", "make room", "data.dir")
+    with full_disk(after=17), refused(DatasetError, *words): run_in(tmp_path)
+    assert list((tmp_path / "datasets").iterdir()) == []
+    status = status_of(tmp_path / "runs" / "mine")
+    assert (status["status"], status["stage"]) == ("failed", "data")
+    assert "No space left" in status["error"] and status["schema_version"] == 1
+    assert status_of(run_in(tmp_path))["status"] == "finished"
+
+
+def test_after_a_full_disk_the_same_run_can_use_another(tmp_path):
+    "What the refusal proposes, another data.dir, is no other run: the dataset is the same wherever it lies."
+    with full_disk(after=17), pytest.raises(DatasetError): run_in(tmp_path)
+    folder = run_in(tmp_path, {"data.dir": str(tmp_path / "large disk")})
+    assert status_of(folder)["status"] == "finished"
+
+
+# ---------------------------------------------------------------- interruptions
+
+def interrupt(kind, settings):
+    "Begin a run, and stop it at the fifth step of this model's training."
+    def stop(self, step, steps):
+        if step == 5: raise Interrupted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "after_step", stop)
+        with pytest.raises(Interrupted): go("mine", settings)
+
+
+def go_on(kind, settings):
+    "Go on with it: what is trained, and which steps of this model are made."
+    with pytest.MonkeyPatch.context() as patch:
+        fits, steps = counted_fits(patch), []
+        patch.setattr(kind, "after_step", lambda self, step, steps_: steps.append(step))
+        return fits, steps, go("mine", settings)
+
+
+@pytest.mark.parametrize("kind", [JEPA, EncoderDecoder])
+def test_an_interrupted_training_goes_on_and_ends_with_the_same_bytes(kind, undisturbed, tmp_path):
+    settings = small(tmp_path, DROPPY, models=["jepa", "encdec"])
+    interrupt(kind, settings)
+    folder = tmp_path / "runs" / "mine"
+    status = status_of(folder)
+    assert (status["status"], status["stage"]) == ("failed", "train") and "Interrupted" in status["error"]
+    torch.rand(7)  # whoever goes on has drawn other numbers
+    np.random.rand(7)
+    fits, steps, _ = go_on(kind, settings)
+    assert fits == (["JEPA"] if kind is JEPA else []) + ["EncoderDecoder", *HEADS, *ORACLES, *HEADS]
+    assert steps == [4, 5, 6]
+    status = status_of(folder)
+    assert status["status"] == "finished" and "error" not in status
+    for model in ("jepa", "encdec"):
+        for part in ("world", "decoder", "reward_mlp", "reward_mlp_no_action", "larp"):
+            here, there = (run / "models" / model / part / "weights.safetensors" for run in (folder, undisturbed))
+            assert here.read_bytes() == there.read_bytes(), (model, part)
+    assert results(folder) == results(undisturbed)
+
+
+def test_an_interruption_after_training_does_not_train_again(tmp_path, monkeypatch):
+    fits = counted_fits(monkeypatch)
+    encoded = counted(monkeypatch, latents, "_latent_batches", lambda model: type(model).__name__)
+    settings = small(tmp_path)
+    begun = go("mine", settings, ("data", "train"))
+    before = weights_of(begun, "jepa")
+    assert fits == ["JEPA"] and read_status(begun.folder)["status"] == "begun"
+    with pytest.MonkeyPatch.context() as patch:
+        def stop(*_): raise Interrupted
+        patch.setattr(evaluation, "collapse_results", stop)
+        with pytest.raises(Interrupted): go("mine", settings)
+    assert fits == ["JEPA", *HEADS, *ORACLES] and read_status(begun.folder)["stage"] == "evaluate"
+    go("mine", settings)
+    assert fits == ["JEPA", *HEADS, *ORACLES] and weights_of(begun, "jepa") == before
+    assert len(encoded) == 2, "every frame once by the trained encoder, and once by the untrained baseline"
+
+
+def test_stages_can_be_run_one_after_another(tmp_path):
+    for stage in STAGES: folder = run_in(tmp_path, {"run.stages": [stage]})
+    assert set(status_of(folder)["stages"]) == set(STAGES)
+    assert results(folder) == results(run_in(tmp_path, run="whole"))
+
+
+# ---------------------------------------------------------------- the same again
+
+def latent_errors(folder):
+    return [row["value"] for row in results(folder)["jepa"] if row["metric"] == "latent"]
+
+
+def test_the_same_settings_give_the_same_numbers_and_another_seed_others(undisturbed, tmp_path):
+    torch.rand(5)
+    np.random.rand(5)
+    again = run_in(tmp_path, DROPPY, ["jepa", "encdec"], run="again")
+    assert results(again) == results(undisturbed)
+    a, b = (json.loads((folder / "provenance.json").read_text()) for folder in (again, undisturbed))
+    assert a["dataset_hash"] == b["dataset_hash"]
+    other = run_in(tmp_path, DROPPY | {"run.seed": 1}, run="other")
+    assert latent_errors(other) != latent_errors(undisturbed)
+
+
+def test_a_model_does_not_depend_on_its_company(undisturbed, tmp_path):
+    alone = run_in(tmp_path, DROPPY, run="alone")
+    assert results(alone)["jepa"] == results(undisturbed)["jepa"]
+
+
+# ---------------------------------------------------------------- tracking
+
+def inspect(log):
+    "The records of an offline run, as wandb itself reads them."
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", log]
+    env = os.environ | {"WANDB_MODE": "offline"}
+    read = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in read.stdout.splitlines()]
+
+
+def check_tracked(session, rows):
+    "Trainings, heads, oracles and evaluation are there, and each step once."
+    keys = {key for row in rows for key in row}
+    assert {"jepa/train/prediction", "jepa/decoder/train/pixels", "jepa/reward_mlp/train/reward",
+            "jepa/larp/train/reward", "oracles/oracle/train/reward"} <= keys
+    assert {"jepa/evaluation/rollout/latent_ratio/1", "jepa/evaluation/probe/r2 position"} <= keys
+    written = read_metrics(session.folder.part("jepa", "world") / "metrics.jsonl")
+    steps = [row["jepa/step"] for row in rows if "jepa/train/total" in row]
+    assert steps == [row["step"] for row in written]
+
+
+def test_a_tracked_run_leaves_an_offline_run_with_metrics_and_a_picture(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]: monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    offline = {"tracking.enabled": True, "tracking.mode": "offline", "tracking.project": "mine"}
+    tracked = go("tracked", small(tmp_path, offline | {"train.picture_every": 3}))
+    log, = (tracked.folder.path / "wandb").glob("offline-run-*/run-*.wandb")
+    records = inspect(log)
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    check_tracked(tracked, rows)
+    files = ("picture.path", "filmstrip.path")
+    pictures = [row[key] for row in rows for key in row if key.endswith(files)]
+    assert len(pictures) == 5
+    assert all((log.parent / "files" / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert run["project"] == "mine" and re.fullmatch(r"exp-\d{8}-\d{6}", run["display_name"])
+    plain = run_in(tmp_path, {"train.picture_every": 3}, run="plain")
+    assert results(plain) == results(tracked.folder.path)
+
+
+# ---------------------------------------------------------------- the seed project
+
+SEED = {
+    "collect.ppo.train_steps": 64, "collect.ppo.n_envs": 1, "collect.ppo.n_steps": 32,
+    "collect.ppo.batch_size": 32, "collect.ppo.n_epochs": 1, "collect.ppo.subprocesses": False,
+    "collect.episodes": 4, "collect.steps": 8, "data.validation_split": .5,
+    "train.epochs": None, "train.steps": 2, "train.batch_size": 4, "train.validate_every": 2,
+    "train.validation_batches": 1, "train.checkpoint_every": 2, "train.picture_every": 0,
+    "train.state_decoder.epochs": None, "train.state_decoder.steps": 4, "train.state_decoder.batch_size": 8,
+    "train.reward_mlp.epochs": None, "train.reward_mlp.steps": 4,
+    "train.larp.epochs": None, "train.larp.steps": 4, "evaluation.probe.mlp_steps": 4,
+    "tracking.enabled": False, "evaluation.horizons": [1, 2], "evaluation.n_windows": 4,
+    "evaluation.bootstrap": 10,
+}
+
+
+def test_the_seed_projects_own_settings_run(tmp_path):
+    pytest.importorskip("ale_py")
+    pytest.importorskip("stable_baselines3")
+    session = go("seed", inside(tmp_path, SEED, preset="seed"))
+    dataset = dataset_of(session)
+    assert dataset.spec.frame_shape == (1, 64, 64) and dataset.states.shape[1] == 128
+    assert [path.name[:4] for path in (tmp_path / "datasets" / "agents").iterdir()] == ["ppo-"]
+    for rows in results(session.folder.path).values():
+        assert {row["protocol"] for row in rows} == {"probe", "rollout", "collapse", "cost"}
+        assert not [row for row in rows if row["metric"].startswith("position")]
+    assert "Assault" in write_report(session.folder.path).read_text()
+
+
+# ---------------------------------------------------------------- a model and a term of one's own
+
+TERM = """
+from worldmodels_nb.nn.regularizer import loss_term
+
+@loss_term("sphere", inputs="latents", default=.25)
+def sphere(x, s): return (x.norm(dim=-1) - 1).square().mean()
+"""
+MODEL = """
+from torch.nn import functional as F
+from worldmodels_nb.models.base import WorldModel, register
+from worldmodels_nb.nn.encoders import build_encoder
+from worldmodels_nb.nn.layers import ActionEmbedding
+from worldmodels_nb.nn.regularizer import Regularizer
+from worldmodels_nb.training.fit import weighted
+
+@register("toy", color="#123456")
+class Toy(WorldModel):
+    "Each action is a step in latent space, the same wherever it is taken."
+    def __init__(self, settings, spec):
+        super().__init__(settings, spec)
+        self.encoder = build_encoder(settings, spec.frame_shape)
+        self.latent_shape = self.encoder.latent_shape
+        self.action = ActionEmbedding(spec.action, settings.model.latent_dim)
+        self.regularizer = Regularizer(self.latent_shape, spec.action, settings, settings.loss.jepa)
+
+    def rollout(self, z, past_actions, actions):
+        return z[:, -1:] + self.action(actions).cumsum(1)[:, :, None]
+
+    def loss(self, batch):
+        z = self.encode(batch.frames)
+        predicted = self.rollout(z[:, :1], None, batch.actions)
+        terms = {"prediction": F.mse_loss(predicted, z[:, 1:])}
+        terms |= self.regularizer(z, batch.actions, predicted)
+        return weighted(terms, {"prediction": 1.0} | self.regularizer.weights)
+"""
+REGISTRIES = (MODELS, TERMS, settings_module.FURTHER_TERMS, viz.MODEL_COLORS)
+
+
+@pytest.fixture
+def own_modules(tmp_path_factory, monkeypatch):
+    "A term and a model, each in a module as a notebook of one's own would export it; forgotten afterwards."
+    folder, before = tmp_path_factory.mktemp("own"), [dict(registry) for registry in REGISTRIES]
+    (folder / "my_term.py").write_text(TERM)
+    (folder / "my_model.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(folder)
+    for name in ("my_term", "my_model"): importlib.import_module(name)
+    yield
+    for name in ("my_term", "my_model"): del sys.modules[name]
+    for registry, entries in zip(REGISTRIES, before):
+        registry.clear()
+        registry.update(entries)
+
+
+def terms_of(folder, model):
+    lines = read_metrics(folder / "models" / model / "world" / "metrics.jsonl")
+    return {key for line in lines for key in line if key.startswith("train/")}
+
+
+def test_a_term_and_a_model_of_ones_own_are_one_thing_each(own_modules, tmp_path):
+    "Declared and registered, they go from settings to the report like any other."
+    folder = run_in(tmp_path, {"loss.sphere": .5}, ["jepa", "toy"])
+    for model in ("jepa", "toy"): assert "train/sphere" in terms_of(folder, model)
+    assert read_models(RunFolder(folder))["toy"] == dict(color="#123456", stages=["world"])
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    rows = [row for row in read_csv(folder / "comparison.csv") if row["model"] == "toy"]
+    assert {row["protocol"] for row in rows} == {"probe", "rollout", "reward", "collapse", "cost"}
+    assert {row["kind"] for row in rows} == {"model", "baseline", "reference"}
+    assert viz.model_color("toy") == "#123456"
+    assert "toy for 6 steps" in page.text and "toy larp" in page.text and "sphere = 0.5" in page.text
+    assert "training_toy_world" in {attributes.get("alt") for _, attributes in page.tags}
+
+
+def test_a_term_of_ones_own_has_the_weight_it_was_declared_with(own_modules, tmp_path):
+    session = go("mine", small(tmp_path, models=["toy"]), ("data", "train"))
+    assert session.settings.loss.weight("sphere") == .25
+    assert "train/sphere" in terms_of(session.folder.path, "toy")
+
+
+def test_a_report_of_a_model_and_a_term_that_are_not_here_can_be_made(own_modules, tmp_path):
+    "Whoever reads a run needs neither: a fresh process knows nothing of them."
+    folder = run_in(tmp_path, {"loss.sphere": .5}, ["toy"])
+    code = "import sys; from worldmodels_nb.runs.report import write_report; write_report(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "toy for 6 steps" in Page((folder / "report.html").read_text(encoding="utf-8")).text
+
+
+def test_what_was_declared_here_is_forgotten_again():
+    assert "toy" not in MODELS and "sphere" not in TERMS
+    assert "sphere" not in settings_module.FURTHER_TERMS and "toy" not in viz.MODEL_COLORS
