@@ -1,4 +1,4 @@
-"What the tests of whole runs share: small settings, a way to go through the stages, and ways to look at what is left."
+"What the tests of whole runs share: small settings, a way through the stages, ways to look at what is left."
 import csv
 import hashlib
 import json
@@ -40,8 +40,8 @@ DROPPY = {  # dropout: random numbers matter
     "model.encoder": "cnn", "encoder.cnn.base_filters": 4, "encoder.cnn.dropout": .3,
     "train.checkpoint_every": 3,
 }
-HEADS = ["StateDecoder", "RewardMLP", "RewardMLP", "LookAheadRewardPredictor"]  # in the order they are trained
-ORACLES = ["RewardMLP", "LookAheadRewardPredictor"]
+HEADS = ["StateDecoder", "RewardMLP", "RewardMLP", "LookAheadRewardPredictor"]  # as they are trained
+ORACLES = HEADS[2:]
 
 
 @contextmanager
@@ -118,8 +118,8 @@ def read_csv(path) -> list[dict[str, str]]:
 
 def bytes_of(folder) -> dict[str, str]:
     "Every file below a folder, and a hash of what is in it."
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 @contextmanager

@@ -63,8 +63,9 @@ def test_a_reward_head_has_its_errors_at_every_horizon(model, head, comparison):
 
 
 def test_what_all_models_share_stands_once_and_costs_nothing(comparison):
-    shared = {("baseline", "", "persistence"), ("baseline", "", "mean_reward"), ("baseline", "", "last_reward"),
-              ("reference", "", "oracle"), ("reference", "", "oracle_ahead")}
+    shared = {(kind, "", head) for kind, head in (
+        ("baseline", "persistence"), ("baseline", "mean_reward"), ("baseline", "last_reward"),
+        ("reference", "oracle"), ("reference", "oracle_ahead"))}
     assert shared <= whose(comparison)
     assert {row["kind"] for row in comparison if not row["model"]} == {"baseline", "reference"}
     assert not [row for row in comparison if row["kind"] != "model" and row["protocol"] == "cost"]
@@ -74,7 +75,8 @@ def test_figures_say_their_units(comparison):
     units = {(row["protocol"], row["metric"]): row["unit"] for row in comparison}
     assert units["rollout", "position"] == "px" and units["reward", "mse"] == "reward²"
     assert units["rollout", "latent"] == units["rollout", "pixel"] == units["reward", "mse_ratio"] == ""
-    assert (units["cost", "steps"], units["cost", "frames_seen"], units["cost", "seconds"]) == ("steps", "frames", "s")
+    assert units["cost", "steps"] == "steps" and units["cost", "frames_seen"] == "frames"
+    assert units["cost", "seconds"] == "s"
     assert units["cost", "parameters regularizer"] == units["cost", "parameters encoder"] == "parameters"
 
 
@@ -139,17 +141,18 @@ def lengths_env():
 
 def test_a_horizon_that_only_one_validation_episode_reaches_is_left_out(lengths_env, tmp_path):
     "An interval over episodes needs two of them."
-    order = np.random.default_rng(0).permutation(8)  # validation episodes first, as `Dataset.split` draws them
+    order = np.random.default_rng(0).permutation(8)  # as `Dataset.split` draws them: validation comes first
     lengths = [6 if i == order[0] else 3 for i in range(8)]
     changes = {"env.id": lengths_env, "env.kwargs": {"lengths": lengths}, "evaluation.horizons": [1, 5]}
-    with pytest.warns(UserWarning, match="evaluation.horizons"): session = go("mine", small(tmp_path, changes))
+    with pytest.warns(UserWarning, match="evaluation.horizons"):
+        session = go("mine", small(tmp_path, changes))
     data = ensure_data(session)
     assert sorted(data.dataset.lengths[data.validation]) == [3, 3, 6]
     assert rolled_horizons(session.folder.path) == {1}
 
 
 def test_positions_of_different_units_are_never_mixed(tmp_path):
-    "Metres and radians have no common distance: each counts in its standard deviations, and the metric says so."
+    "Metres and radians have no common distance: each counts in standard deviations, and the metric says so."
     rows = results(run_in(tmp_path, {"env.id": "CartPole-v1"}))["jepa"]
     metrics = {row["metric"] for row in rows}
     assert {"position_std", "position_std_ratio"} <= metrics and "position" not in metrics

@@ -1,4 +1,4 @@
-"Whole runs: by papermill, after failures and interruptions, again with the same numbers, tracked, and extended."
+"Whole runs: by papermill, after failures and interruptions, again with the same numbers, and extended."
 import errno
 import importlib
 import json
@@ -20,6 +20,8 @@ from run_tools import (
     SMALL,
     Interrupted,
     Page,
+    begin,
+    bytes_of,
     counted,
     counted_fits,
     dataset_of,
@@ -46,7 +48,7 @@ from worldmodels_nb.nn.regularizer import TERMS
 from worldmodels_nb.runs import evaluation
 from worldmodels_nb.runs.folder import STAGES, RunFolder, read_models, read_status
 from worldmodels_nb.runs.report import write_report
-from worldmodels_nb.settings import load_settings
+from worldmodels_nb.settings import SettingsError, load_settings
 from worldmodels_nb.training.callbacks import read_metrics
 
 
@@ -163,8 +165,8 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_bytes(kind, undi
     assert status["status"] == "finished" and "error" not in status
     for model in ("jepa", "encdec"):
         for part in ("world", "decoder", "reward_mlp", "reward_mlp_no_action", "larp"):
-            here, there = (run / "models" / model / part / "weights.safetensors" for run in (folder, undisturbed))
-            assert here.read_bytes() == there.read_bytes(), (model, part)
+            file = f"models/{model}/{part}/weights.safetensors"
+            assert (folder / file).read_bytes() == (undisturbed / file).read_bytes(), (model, part)
     assert results(folder) == results(undisturbed)
 
 
@@ -322,19 +324,32 @@ class Toy(WorldModel):
 REGISTRIES = (MODELS, TERMS, settings_module.FURTHER_TERMS, viz.MODEL_COLORS)
 
 
-@pytest.fixture
-def own_modules(tmp_path_factory, monkeypatch):
+@contextmanager
+def own_modules(folder):
     "A term and a model, each in a module as a notebook of one's own would export it; forgotten afterwards."
-    folder, before = tmp_path_factory.mktemp("own"), [dict(registry) for registry in REGISTRIES]
-    (folder / "my_term.py").write_text(TERM)
-    (folder / "my_model.py").write_text(MODEL)
-    monkeypatch.syspath_prepend(folder)
-    for name in ("my_term", "my_model"): importlib.import_module(name)
-    yield
-    for name in ("my_term", "my_model"): del sys.modules[name]
-    for registry, entries in zip(REGISTRIES, before):
-        registry.clear()
-        registry.update(entries)
+    before = [dict(registry) for registry in REGISTRIES]
+    sources = dict(my_term=TERM, my_model=MODEL)
+    for name, source in sources.items(): (folder / f"{name}.py").write_text(source)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(folder)
+            for name in sources: importlib.import_module(name)
+            yield
+    finally:
+        for name in sources: sys.modules.pop(name, None)
+        for registry, entries in zip(REGISTRIES, before):
+            registry.clear()
+            registry.update(entries)
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    "The folder of a run of such a model beside JEPA, both with such a term, and its report."
+    folder = tmp_path_factory.mktemp("own")
+    with own_modules(folder):
+        run = run_in(folder, {"loss.sphere": .5}, ["jepa", "toy"])
+        write_report(run)
+    return run
 
 
 def terms_of(folder, model):
@@ -342,35 +357,33 @@ def terms_of(folder, model):
     return {key for line in lines for key in line if key.startswith("train/")}
 
 
-def test_a_term_and_a_model_of_ones_own_are_one_thing_each(own_modules, tmp_path):
-    "Declared and registered, they go from settings to the report like any other."
-    folder = run_in(tmp_path, {"loss.sphere": .5}, ["jepa", "toy"])
-    for model in ("jepa", "toy"): assert "train/sphere" in terms_of(folder, model)
-    assert read_models(RunFolder(folder))["toy"] == dict(color="#123456", stages=["world"])
-    page = Page(write_report(folder).read_text(encoding="utf-8"))
-    rows = [row for row in read_csv(folder / "comparison.csv") if row["model"] == "toy"]
+def test_a_term_and_a_model_of_ones_own_go_from_settings_to_the_report(own_run):
+    for model in ("jepa", "toy"): assert "train/sphere" in terms_of(own_run, model)
+    assert read_models(RunFolder(own_run))["toy"] == dict(color="#123456", stages=["world"])
+    rows = [row for row in read_csv(own_run / "comparison.csv") if row["model"] == "toy"]
     assert {row["protocol"] for row in rows} == {"probe", "rollout", "reward", "collapse", "cost"}
     assert {row["kind"] for row in rows} == {"model", "baseline", "reference"}
-    assert viz.model_color("toy") == "#123456"
-    assert "toy for 6 steps" in page.text and "toy larp" in page.text and "sphere = 0.5" in page.text
+    page = Page((own_run / "report.html").read_text(encoding="utf-8"))
+    for word in ("toy for 6 steps", "toy larp", "persistence (toy)", "sphere = 0.5"): assert word in page.text
     assert "training_toy_world" in {attributes.get("alt") for _, attributes in page.tags}
 
 
-def test_a_term_of_ones_own_has_the_weight_it_was_declared_with(own_modules, tmp_path):
-    session = go("mine", small(tmp_path, models=["toy"]), ("data", "train"))
-    assert session.settings.loss.weight("sphere") == .25
+def test_a_term_of_ones_own_has_the_weight_it_was_declared_with(tmp_path):
+    with own_modules(tmp_path):
+        session = go("mine", small(tmp_path, models=["toy"]), ("data", "train"))
+        assert session.settings.loss.weight("sphere") == .25 and viz.model_color("toy") == "#123456"
     assert "train/sphere" in terms_of(session.folder.path, "toy")
+    with refused(SettingsError, "'toy'"): begin("next", small(tmp_path, models=["toy"]))
+    with refused(SettingsError, "'loss.sphere'"): small(tmp_path, {"loss.sphere": .5})
+    assert "sphere" not in TERMS and "toy" not in viz.MODEL_COLORS
 
 
-def test_a_report_of_a_model_and_a_term_that_are_not_here_can_be_made(own_modules, tmp_path):
-    "Whoever reads a run needs neither: a fresh process knows nothing of them."
-    folder = run_in(tmp_path, {"loss.sphere": .5}, ["toy"])
-    code = "import sys; from worldmodels_nb.runs.report import write_report; write_report(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+def test_a_report_needs_neither_the_model_nor_the_term(own_run):
+    "A fresh process knows nothing of them, and draws the same page in the same colours."
+    before = bytes_of(own_run)
+    code = ("import sys\nfrom worldmodels_nb.runs.report import write_report\n"
+            "from worldmodels_nb.viz import model_color\n"
+            "write_report(sys.argv[1])\nprint(model_color('toy'))")
+    done = subprocess.run([sys.executable, "-c", code, own_run], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "toy for 6 steps" in Page((folder / "report.html").read_text(encoding="utf-8")).text
-
-
-def test_what_was_declared_here_is_forgotten_again():
-    assert "toy" not in MODELS and "sphere" not in TERMS
-    assert "sphere" not in settings_module.FURTHER_TERMS and "toy" not in viz.MODEL_COLORS
+    assert done.stdout.split() == ["#123456"] and bytes_of(own_run) == before

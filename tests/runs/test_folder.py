@@ -17,8 +17,16 @@ from worldmodels_nb.data.datasets import verify
 from worldmodels_nb.data.episodes import DatasetError
 from worldmodels_nb.data.tworooms import EnvError
 from worldmodels_nb.models.base import MODELS
-from worldmodels_nb.runs.folder import STAGES, RunError, RunFolder, check_parameters, provenance
-from worldmodels_nb.runs.folder import read_models, read_status, resolve
+from worldmodels_nb.runs.folder import (
+    STAGES,
+    RunError,
+    RunFolder,
+    check_parameters,
+    provenance,
+    read_models,
+    read_status,
+    resolve,
+)
 from worldmodels_nb.runs.training import ensure_data, initial_model
 from worldmodels_nb.settings import SettingsError, load_settings
 from worldmodels_nb.training.callbacks import read_metrics
@@ -76,7 +84,8 @@ def test_the_settings_of_a_run_are_kept_resolved(smoke):
 
 
 def test_provenance_says_where_a_run_comes_from(smoke):
-    origin, dataset = json.loads((smoke.folder.path / "provenance.json").read_text()), dataset_of(smoke).folder
+    origin = json.loads((smoke.folder.path / "provenance.json").read_text())
+    dataset = dataset_of(smoke).folder
     assert origin["dataset_hash"] == verify(dataset).hash and origin["dataset"] == dataset.name
     assert (origin["frames"], origin["episodes"], origin["seed"]) == (24 * 25, 24, 0)
     assert origin["packages"]["torch"] == torch.__version__
@@ -194,7 +203,8 @@ def test_a_settings_file_with_a_typo_is_refused(tmp_path, monkeypatch):
     (tmp_path / "nbs").mkdir()
     (tmp_path / "settings.ini").write_text(text.replace("warmup", "wramup", 1), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    with refused(SettingsError, "settings.ini", "'train.wramup'", "'train.warmup'"): go("mine", resolve("smoke"))
+    words = ("settings.ini", "'train.wramup'", "'train.warmup'")
+    with refused(SettingsError, *words): go("mine", resolve("smoke"))
     assert names_in(tmp_path) == ["nbs", "settings.ini"]
 
 

@@ -37,7 +37,7 @@ def _check_ppo(settings: Settings) -> None:
         raise CollectError(f"model.frame_stack = {stack} makes more channels than env.size = {size} has "
                            "pixels; lower it, or set env.color to 'grey'")
 
-# %% ../../nbs/0_data/06_ppo.ipynb #d8df0b91
+# %% ../../nbs/0_data/06_ppo.ipynb #0bd23c02
 def _stacked(stack: np.ndarray | None, frames: np.ndarray, count: int) -> np.ndarray:
     "The newest `count` frames (B, count·C, h, w): the first one repeated, then one more pushed in each time."
     if stack is None: return np.tile(frames, (1, count, 1, 1))
@@ -51,7 +51,7 @@ def _agent_spaces(settings: Settings, action: ActionSpec, frame_shape: tuple) ->
     if action.kind == "discrete": return sees, gym.spaces.Discrete(action.n)
     return sees, gym.spaces.Box(-1, 1, (action.n,), np.float32)
 
-# %% ../../nbs/0_data/06_ppo.ipynb #f6791889
+# %% ../../nbs/0_data/06_ppo.ipynb #024fd780
 class AgentEnv(gym.Env):
     "An environment as an agent in training sees it: stacked frames, unit actions, cut after `collect.steps`."
     def __init__(
@@ -84,7 +84,7 @@ def reset(
     frame, _ = self.env.reset(int(self.np_random.integers(2**31)))
     return self._push(frame), {}
 
-# %% ../../nbs/0_data/06_ppo.ipynb #08c75907
+# %% ../../nbs/0_data/06_ppo.ipynb #f2ffeeda
 @patch
 def step(
     self: AgentEnv,
@@ -115,7 +115,7 @@ def agent_folder(
     name = hashlib.sha256(json.dumps(which, sort_keys=True).encode()).hexdigest()[:8]
     return repo_root() / settings.data.dir / "agents" / f"ppo-{name}"
 
-# %% ../../nbs/0_data/06_ppo.ipynb #e6c364de
+# %% ../../nbs/0_data/06_ppo.ipynb #55fc0bcf
 def _agent_record(settings: Settings, action: ActionSpec, frame_shape: tuple[int, int, int]) -> dict:
     "What an agent's weights fit."
     return dict(policy_type=settings.collect.ppo.policy_type, frame_stack=settings.model.frame_stack,
@@ -139,7 +139,7 @@ def _random_state_restored() -> Iterator[None]:
         np.random.set_state(state[1])
         torch.set_rng_state(state[2])
 
-# %% ../../nbs/0_data/06_ppo.ipynb #bf7eed96
+# %% ../../nbs/0_data/06_ppo.ipynb #ab6a85cf
 _FIELDS = ("learning_rate", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range")
 
 def _learn(settings: Settings, envs, bar: tqdm) -> torch.nn.Module:
@@ -151,7 +151,7 @@ def _learn(settings: Settings, envs, bar: tqdm) -> torch.nn.Module:
     agent.learn(ppo.train_steps, callback=lambda *_: bar.update(ppo.n_envs) or True)
     return agent.policy.cpu()
 
-# %% ../../nbs/0_data/06_ppo.ipynb #85c0d131
+# %% ../../nbs/0_data/06_ppo.ipynb #a54aa0ca
 def train_agent(
     settings: Settings,     # env, collect.ppo, collect.steps, model.frame_stack, run.seed, run.device
     folder: Path,           # made by this, with weights.safetensors and agent.json
@@ -183,7 +183,7 @@ def prepare_agent(
     if not settings.collect.ppo.load and not folder.exists(): train_agent(settings, folder, progress)
     return folder
 
-# %% ../../nbs/0_data/06_ppo.ipynb #ef637509
+# %% ../../nbs/0_data/06_ppo.ipynb #c49b7aec
 def _check_agent(folder: Path, wanted: dict) -> None:
     "Raises `CollectError` if the agent in this folder does not say that it is what is wanted."
     remedy = "change collect.ppo.load, or set it to null to train one"
@@ -239,7 +239,7 @@ class AgentPolicy(Policy):
         if self.action.kind == "discrete": return generator.random(draws)
         return generator.standard_normal((draws, self.action.n))
 
-# %% ../../nbs/0_data/06_ppo.ipynb #40cb0d57
+# %% ../../nbs/0_data/06_ppo.ipynb #796c6442
 @patch
 def start(
     self: AgentPolicy,

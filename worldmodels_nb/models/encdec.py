@@ -56,7 +56,7 @@ def decoder_input(self: EncoderDecoder,
     "What the decoder is conditioned on: latent and action, side by side."
     return torch.cat([z, self.action(action)[:, None]], dim=1)
 
-# %% ../../nbs/3_models/31_encdec.ipynb #56cd354e
+# %% ../../nbs/3_models/31_encdec.ipynb #3d2cef19
 @patch
 def decode(self: EncoderDecoder,
     z: Tensor,       # (B, N, D)
@@ -84,7 +84,7 @@ def loss(self: EncoderDecoder,
     terms = {"pixels": pixels, **self.regularizer(z, batch.actions, predicted)}
     return weighted(terms, self.regularizer.weights)
 
-# %% ../../nbs/3_models/31_encdec.ipynb #c53db0fb
+# %% ../../nbs/3_models/31_encdec.ipynb #8a1e8d7d
 @patch
 def predicted_latent(self: EncoderDecoder,
     conditioning: Tensor,  # (B, M, D); not used: only what was decoded says what this model expects
@@ -105,7 +105,7 @@ def _imagine_steps(self: EncoderDecoder, z: Tensor, actions: Tensor) -> Iterator
         z = self.encoder(stack)                                                              # (B, N, D)
         yield z, (newest * self.frame_scale + self.mean_frame).clamp(0, 1)
 
-# %% ../../nbs/3_models/31_encdec.ipynb #fdad5156
+# %% ../../nbs/3_models/31_encdec.ipynb #3f89f860
 @patch
 def rollout(self: EncoderDecoder,
     z: Tensor,             # history (B, T0, N, D); only the last is used

@@ -40,7 +40,7 @@ class JEPA(WorldModel):
         self.target = None if shared else copy.deepcopy(self.encoder).requires_grad_(False)
         self._check_encoder_learns()
 
-# %% ../../nbs/3_models/33_jepa.ipynb #21476a99
+# %% ../../nbs/3_models/33_jepa.ipynb #4d18d0db
 @patch
 def _check_encoder_learns(self: JEPA):
     if self.settings.target == "ema_both" and not self.regularizer.reaches_encoder:
@@ -76,7 +76,7 @@ def loss(self: JEPA,
     terms = {"prediction": error, **self.regularizer(z, batch.actions, predicted)}
     return weighted(terms, self.weights)
 
-# %% ../../nbs/3_models/33_jepa.ipynb #fd7b41bd
+# %% ../../nbs/3_models/33_jepa.ipynb #4b265a67
 @patch
 def _sides(self: JEPA, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     "Where the prediction starts (B, N, D), and what it is compared with (B, T, N, D)."

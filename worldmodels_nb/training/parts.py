@@ -42,7 +42,7 @@ class Checkpoint(Callback):
         write_whole(self.path, buffer.getvalue())
         run.checkpoint = f"{self.path} (step {run.step})"
 
-# %% ../../nbs/2_training/22_parts.ipynb #c10f5e39
+# %% ../../nbs/2_training/22_parts.ipynb #12075da9
 def run_state(
     run: Run,              # after a step
 ) -> dict[str, Any]:       # numbers, words, and tensors on their device
@@ -96,7 +96,7 @@ class Resume(Callback):
         run.checkpoint = f"{self.path} (step {run.step})"
         run.began -= state["seconds"]
 
-# %% ../../nbs/2_training/22_parts.ipynb #79607b09
+# %% ../../nbs/2_training/22_parts.ipynb #a766ed15
 @patch
 def _restore_tensors(self: Resume, run: Run, state: dict) -> None:
     device, remedy = next(run.model.parameters()).device, "or start over with resume=False"
@@ -153,7 +153,7 @@ def _write_result(run: Run, folder: Path, recipe: Mapping[str, object]) -> dict:
               "recipe": dict(recipe)}
     return write_json(folder / "result.json", result, RESULT_SCHEMA)
 
-# %% ../../nbs/2_training/22_parts.ipynb #33436cd3
+# %% ../../nbs/2_training/22_parts.ipynb #0f206581
 FILES = ("result.json", "state.pt", "metrics.jsonl", "weights.safetensors", "pictures/step_*.png")
 
 def _tidy(folder: Path, resume: bool) -> None:
