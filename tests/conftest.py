@@ -1,5 +1,6 @@
 "Fixtures for all tests: the committed sample, and settings small enough for seconds."
 import pytest
+
 from worldmodels_nb.data.datasets import sample_dataset
 
 

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 
 WIDTH = 110
-GENERATED = re.compile(r"^# %% ", re.M)  # nbdev's header, __all__ included, ends where the first cell begins
+GENERATED = re.compile(r"^# %% (?!auto)", re.M)  # nbdev's header stands before the first cell
 
 
 def is_exported(source):

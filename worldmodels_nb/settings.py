@@ -225,17 +225,17 @@ class DecoderSettings(Section):
 
 # %% ../nbs/0_data/00_settings.ipynb #e6c65074
 class Recipe(Section):
-    "How one part is trained, where that differs from `[train]`."
-    steps: int | None = knob(None, "gradient steps; null as in [train]", "steps", ge=1)
+    "How one part is trained, where that differs from the recipe below it, `[train]`."
+    steps: int | None = knob(None, "gradient steps; null as below it", "steps", ge=1)
     epochs: float | None = knob(
         None, "passes over its training windows, in place of steps; null counts steps", "epochs", gt=0)
-    batch_size: int | None = knob(None, "windows per step; null as in [train]", "windows", ge=2)
-    learning_rate: float | None = knob(None, "AdamW's largest step size; null as in [train]", gt=0, le=1)
-    weight_decay: float | None = knob(None, "AdamW's pull to zero; null as in [train]", ge=0, le=1)
+    batch_size: int | None = knob(None, "windows per step; null as below it", "windows", ge=2)
+    learning_rate: float | None = knob(None, "AdamW's largest step size; null as below it", gt=0, le=1)
+    weight_decay: float | None = knob(None, "AdamW's pull to zero; null as below it", ge=0, le=1)
     patience: int | None = knob(
-        None, "validations without improvement before stopping; 0 never; null as in "
-        "[train]", "validations", ge=0)
-    delta: float | None = knob(None, "what counts as improvement; null as in [train]", ge=0)
+        None, "validations without improvement before stopping; 0 never; null as "
+        "below it", "validations", ge=0)
+    delta: float | None = knob(None, "what counts as improvement; null as below it", ge=0)
 
 # %% ../nbs/0_data/00_settings.ipynb #fdcb00b9
 class ModelRecipe(Recipe):
@@ -522,7 +522,7 @@ class RewardMLPSettings(HeadRecipe):
 
 # %% ../nbs/0_data/00_settings.ipynb #084ec178
 class LarpSettings(Recipe):
-    "The look-ahead reward predictor: what is null here is as in `[train.reward_mlp]`."
+    "The look-ahead reward predictor: laid over the recipe below it, `[train.reward_mlp]`."
     enabled: bool = knob(True, "train it, and its oracle on physical state")
     hidden: list[Annotated[int, Field(ge=1)]] | None = knob(None, "widths of the hidden layers")
     activation: Literal["relu", "gelu", "silu", "tanh"] | None = knob(None, "nonlinearity")

@@ -346,6 +346,22 @@ def test_the_guard_names_step_and_term_and_saves_the_weights(what, named, every,
     assert weights_hash(model) == weights_hash(good)
 
 
+def test_a_crack_at_the_124th_batch_leaves_the_weights_of_step_123():
+    class Cracked(Toy):
+        def loss(self, batch):
+            losses = super().loss(batch)
+            crack = losses.total / (0.0 if self.steps == 124 else 1.0)
+            return LossTerms(total=crack, terms={**losses.terms, "crack": crack.detach()})
+
+    recipe, saved, short = RECIPE.model_copy(update={"steps": 300}), Cracked(), Cracked()
+    torch.manual_seed(0)
+    with pytest.raises(TrainingError, match="step 124: crack"):
+        fit(saved, sample, recipe, [NaNGuard()])
+    torch.manual_seed(0)
+    fit(short, sample, recipe, [At(123, lambda run: setattr(run, "stop", "here"))])
+    assert weights_hash(saved) == weights_hash(short)
+
+
 def test_without_a_guard_the_weights_are_lost():
     model = Breaks("gradient")
     fit(model, sample, RECIPE)

@@ -259,6 +259,17 @@ def test_each_step_of_each_part_goes_out_once_across_restarts(tmp_path_factory, 
     assert recorder.rows == expected and len(ids) <= 1
 
 
+def test_after_a_kill_each_step_of_the_file_was_handed_on_once(tmp_path):
+    book, path = Recorder(), tmp_path / "tracking.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        ours(tmp_path, Once(book, Journal(path, "exp-20250101-120000")), Interrupt())
+    ours(tmp_path, Once(book, Journal(path, "exp-20250101-120000")))
+    in_file = [row["step"] for row in read_metrics(tmp_path / "part" / "metrics.jsonl")]
+    assert [step for _, step, _ in book.rows] == in_file == STEPS
+    again = Journal(path, "another")
+    assert again.name == "exp-20250101-120000" and again.sent == {"toy": 100, "toy/picture": 100}
+
+
 def test_a_journal_outlives_half_a_line_and_keeps_its_name(tmp_path):
     first = Journal(path := tmp_path / "tracking.jsonl", "exp-1")
     assert (

@@ -202,8 +202,8 @@ def loss(self: WorldModelTransformer,
 ) -> LossTerms:
     "Error of one-step predictions over the window, and of a rollout. Raises `SettingsError` without latents."
     if batch.latents is None:
-        raise SettingsError("stage 2 (the section [vjepa2.action]) learns from the tokens of stage 1, and this "
-                            "batch has none; cut its windows with latents=encode_dataset(model, …)")
+        raise SettingsError("stage 2 (the section [vjepa2.action]) learns from the tokens of stage 1, and "
+                            "this batch has none; cut its windows with latents=encode_dataset(model, …)")
     z, a, r, p = batch.latents, batch.actions, self.settings.teacher_forcing, self.settings.loss_exponent
     T, terms = a.shape[1] if r else 1, {}            # without teacher forcing, the first step is all it takes
     forced, cache = self.step(z[:, :T], a[:, :T])    # (B, T, N, D)

@@ -125,8 +125,8 @@ def check_actions(
     there, here = (tuple(weights[name].shape) for weights in (found, model.state_dict()))
     axis, what = (0, "buttons") if model.action_encoder.discrete else (1, "numbers")
     if there[axis] == here[axis]: return
-    raise SettingsError(f"these weights were trained with actions of {there[axis]} {what}, and here an action "
-                        f"has {here[axis]}; set env.id to the environment they were trained in, "
+    raise SettingsError(f"these weights were trained with actions of {there[axis]} {what}, and here an "
+                        f"action has {here[axis]}; set env.id to the environment they were trained in, "
                         "or train [vjepa2.action] anew")
 
 # %% ../../nbs/3_models/37_vjepa2.ipynb #vjepa2-081

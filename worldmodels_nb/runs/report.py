@@ -196,13 +196,15 @@ PAGE = TEMPLATES.from_string("""<!doctype html><html lang="en"><meta charset="ut
 <title>{{ title }}</title><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1,h2{line-height:1.2} img{max-width:100%} small{color:#666} td small{white-space:nowrap}
-pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:13px} table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+pre{overflow-x:auto;background:#f6f6f6;padding:1rem;font-size:13px}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd} th:first-child{text-align:left}
 .baseline,.reference{color:#666;font-style:italic}</style>
 <h1>{{ title }}</h1>
 <p>Run <b>{{ run }}</b>, seed {{ settings.run.seed }}: {{ "{:,}".format(origin.frames) }} frames in
 {{ "{:,}".format(origin.episodes) }} episodes; trained {{ trained }},
-{{ settings.train.batch_size }} windows each. Intervals are 95 % over validation windows of this one seed: they say nothing about other seeds.</p>
+{{ settings.train.batch_size }} windows each. Intervals are 95 % over
+validation windows of this one seed: they say nothing about other seeds.</p>
 {% for note in notes %}<p>{{ note }}</p>
 {% endfor %}
 {% for part in parts %}<h2>{{ part.title }}</h2><p>{{ part.words }}</p>
