@@ -142,7 +142,7 @@ def counted(monkeypatch, module, name, of) -> list:
 
 def counted_fits(monkeypatch) -> list[str]:
     "Note each training from here on, by the class of what is trained."
-    return counted(monkeypatch, parts, "fit", lambda model: type(model).__name__)
+    return counted(monkeypatch, parts, "fit_windows", lambda model: type(model).__name__)
 
 
 class Interrupted(KeyboardInterrupt): "Somebody pressed the stop button."

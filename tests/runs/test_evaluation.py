@@ -139,6 +139,7 @@ def lengths_env():
     gym.registry.pop("Lengths-v0")
 
 
+@pytest.mark.filterwarnings("ignore:no reward heads")  # each step earns the same
 def test_a_horizon_that_only_one_validation_episode_reaches_is_left_out(lengths_env, tmp_path):
     "An interval over episodes needs two of them."
     order = np.random.default_rng(0).permutation(8)  # as `Dataset.split` draws them: validation comes first
@@ -151,6 +152,7 @@ def test_a_horizon_that_only_one_validation_episode_reaches_is_left_out(lengths_
     assert rolled_horizons(session.folder.path) == {1}
 
 
+@pytest.mark.filterwarnings("ignore:no reward heads")  # each step earns the same
 def test_positions_of_different_units_are_never_mixed(tmp_path):
     "Metres and radians have no common distance: each counts in standard deviations, and the metric says so."
     rows = results(run_in(tmp_path, {"env.id": "CartPole-v1"}))["jepa"]
@@ -166,6 +168,7 @@ PENDULUM = {"cos θ", "sin θ", "angular velocity"}
 SHORT = {key: value for key, value in SMALL.items() if key.startswith(("train.", "evaluation.probe", "env."))}
 
 
+@pytest.mark.filterwarnings("ignore:no reward heads")  # each step earns the same
 @pytest.mark.parametrize("id, kind, names", [
     ("CartPole-v1", "discrete", CARTPOLE), ("Pendulum-v1", "continuous", PENDULUM)])
 def test_another_environment(id, kind, names, tmp_path):

@@ -272,6 +272,7 @@ SEED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:no reward heads")  # each step earns the same
 def test_the_seed_projects_own_settings_run(tmp_path):
     pytest.importorskip("ale_py")
     pytest.importorskip("stable_baselines3")
