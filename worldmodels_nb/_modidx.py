@@ -1149,6 +1149,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'worldmodels_nb/runs/folder.py'),
                                             'worldmodels_nb.runs.folder.read_models': ( '5_runs/folder.html#read_models',
                                                                                         'worldmodels_nb/runs/folder.py'),
+                                            'worldmodels_nb.runs.folder.read_settings': ( '5_runs/folder.html#read_settings',
+                                                                                          'worldmodels_nb/runs/folder.py'),
                                             'worldmodels_nb.runs.folder.read_status': ( '5_runs/folder.html#read_status',
                                                                                         'worldmodels_nb/runs/folder.py'),
                                             'worldmodels_nb.runs.folder.resolve': ( '5_runs/folder.html#resolve',

@@ -10,7 +10,7 @@ __all__ = ['PARTIAL', 'SCHEMA', 'RECORD', 'DatasetError', 'DataSpec', 'Episode',
 # %% ../../nbs/0_data/04_episodes.ipynb #e616ed4f
 import hashlib, json, os, re, shutil, socket, tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,8 @@ def _write_rows(path: Path, shape: tuple[int, ...], dtype: str, parts: Iterator[
     try:
         file = RowFile(temporary / path.name, dtype, shape[1:])
         try:
-            for part in parts: file.append(part)
+            with closing(parts) if hasattr(parts, "close") else nullcontext():  # puts back what it holds, now
+                for part in parts: file.append(part)
             if file.n != shape[0]: raise DatasetError(f"{path} would hold {file.n} rows, not {shape[0]}")
             file.close()
         finally: file.abandon()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'STATUS_SCHEMA', 'MODELS_SCHEMA', 'EVALUATION_SCHEMA', 'CHANGES_NOTHING', 'STAGES', 'RunError',
            'check_parameters', 'resolve', 'provenance', 'RunFolder', 'read_status', 'write_status', 'read_models',
-           'find_difference', 'check_names', 'run_path', 'claim_run']
+           'read_settings', 'find_difference', 'check_names', 'run_path', 'claim_run']
 
 # %% ../../nbs/5_runs/50_folder.ipynb #edd20321
 import platform, subprocess, time
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from ..data.envs import find_spec
 from ..models.base import known_stages, model_class
-from ..settings import Settings, SettingsError, load_settings, nearest, pick_device, read_json
-from ..settings import repo_root, save_settings, write_json
+from ..settings import FURTHER_TERMS, Settings, SettingsError, load_settings, nearest
+from ..settings import pick_device, read_json, repo_root, save_settings, write_json
 
 # %% ../../nbs/5_runs/50_folder.ipynb #fol002
 class RunError(ValueError):
@@ -132,6 +132,18 @@ def read_models(
     "Which models a run has, without importing any. Raises `RunError`."
     return (_read(folder.path / "models.json", MODELS_SCHEMA) or dict(models={}))["models"]
 
+# %% ../../nbs/5_runs/50_folder.ipynb #fol022
+def read_settings(
+    folder: RunFolder,  # of a run
+) -> Settings:          # with weights of terms declared for it, even if nobody declares them here
+    "The settings a run was made with, without importing what it was made by. Raises `SettingsError`."
+    declared = (_read(folder.path / "models.json", MODELS_SCHEMA) or {}).get("terms", {})
+    missing = {name: weight for name, weight in declared.items() if name not in FURTHER_TERMS}
+    FURTHER_TERMS.update(missing)
+    try: return load_settings(folder.path / "settings.ini")
+    finally:
+        for name in missing: del FURTHER_TERMS[name]
+
 # %% ../../nbs/5_runs/50_folder.ipynb #b3391997
 CHANGES_NOTHING = ("run.stages", "run.device", "run.threads", "run.dir", "data.dir", "collect.workers",
                    "collect.ppo.subprocesses")
@@ -204,5 +216,5 @@ def claim_run(
     save_settings(settings, path / "settings.ini")
     kinds = {name: model_class(name) for name in settings.run.models}
     about = {name: dict(color=kind.color, stages=list(kind.stage_names)) for name, kind in kinds.items()}
-    write_json(path / "models.json", dict(models=about), MODELS_SCHEMA)
+    write_json(path / "models.json", dict(models=about, terms=FURTHER_TERMS), MODELS_SCHEMA)
     return folder

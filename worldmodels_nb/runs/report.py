@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 import numpy as np
 from ..eval.results import COLUMNS, label
 from ..eval.rollouts import plot_rollouts
-from .folder import EVALUATION_SCHEMA, RunError, RunFolder, read_models
-from ..settings import Settings, load_settings, read_json, write_whole
+from .folder import EVALUATION_SCHEMA, RunError, RunFolder, read_models, read_settings
+from ..settings import Settings, read_json, write_whole
 from ..training.callbacks import read_metrics
 from ..viz import Picture, curves, filmstrip, latent_map, save_figure, set_model_color
 
@@ -254,7 +254,7 @@ def report_html(
 ) -> str:                        # a whole page
     "The report of one run, self-contained; figures are also saved to pictures/."
     ini = (folder.path / "settings.ini").read_text(encoding="utf-8")
-    settings, origin = load_settings(folder.path / "settings.ini"), read_json(folder.path / "provenance.json")
+    settings, origin = read_settings(folder), read_json(folder.path / "provenance.json")
     evaluated = {model: read_evaluation(folder, model) for model in read_models(folder)}
     models = [model for model, evaluation in evaluated.items() if evaluation]
     notes = dict.fromkeys(note for model in models for note in evaluated[model]["notes"])
