@@ -65,6 +65,7 @@ class _Log:
         self.terminated, self.alive = np.zeros(n, bool), np.ones(n, bool)
 
     def begin(self, frames: np.ndarray, states: np.ndarray | None) -> None:
+        "Frames and states of all, at a reset or after a step."
         self.frames.append(frames)
         self.states.append(states)
 
@@ -89,9 +90,9 @@ def step(self: _Log, id: str, frames, reward, ended, over, states) -> None:
 def episode(self: _Log, i: int, index: int) -> Episode | None:
     "What is sound of episode `i`; None if not one step is."
     if not (n := self.length[i]): return None
-    def cut(steps: list, count: int) -> np.ndarray: return np.stack([step[i] for step in steps[:count]])
-    states = None if self.states[0] is None else cut(self.states, n + 1)
-    return Episode(cut(self.frames, n + 1), cut(self.actions, n), cut(self.rewards, n),
+    def _cut(steps: list, count: int) -> np.ndarray: return np.stack([step[i] for step in steps[:count]])
+    states = None if self.states[0] is None else _cut(self.states, n + 1)
+    return Episode(_cut(self.frames, n + 1), _cut(self.actions, n), _cut(self.rewards, n),
                    bool(self.terminated[i]), states, index)
 
 # %% ../../nbs/0_data/07_collect.ipynb #9f3d6fc6

@@ -260,8 +260,8 @@ class Batch:
         device: str | torch.device,  # where the model is
     ) -> "Batch":
         "The same batch on a device."
-        def moved(part): return None if part is None else part.to(device, non_blocking=True)
-        return Batch(**{name: moved(part) for name, part in vars(self).items()})
+        def _moved(part): return None if part is None else part.to(device, non_blocking=True)
+        return Batch(**{name: _moved(part) for name, part in vars(self).items()})
 
 # %% ../../nbs/0_data/08_datasets.ipynb #c27e92f4
 def _counts(dataset: Dataset, episodes: np.ndarray, steps: int) -> np.ndarray:

@@ -172,8 +172,8 @@ def fit_windows(
     device: str | torch.device = "cpu",  # where to compute
 ) -> Run:                                # as it ended; the model is trained in place
     "`fit` on windows drawn by seed and step. Raises `TrainingError` if nothing can be trained."
-    def sample(step: int) -> Batch: return windows.sample(settings.batch_size, seed, step)
-    return fit(model, sample, settings, callbacks, device)
+    def _sample(step: int) -> Batch: return windows.sample(settings.batch_size, seed, step)
+    return fit(model, _sample, settings, callbacks, device)
 
 # %% ../../nbs/2_training/20_fit.ipynb #ac0c9ea2
 class History(Callback):
