@@ -12,37 +12,20 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from bench_tools import SPEC, write_noise
 
 from worldmodels_nb.data.datasets import Windows, open_dataset
-from worldmodels_nb.data.envs import ActionSpec
-from worldmodels_nb.data.episodes import DataSpec, Episode, EpisodeWriter
+from worldmodels_nb.data.episodes import Episode, EpisodeWriter
 from worldmodels_nb.settings import repo_root
 
-SPEC = DataSpec(
-    (3, 64, 64),
-    ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0]),
-    ["agent x", "agent y", "wall x", "door y"],
-    [0, 1],
-)
 MARK = 200_000  # windows of four frames per second
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     "49,500 frames on disk, 608 MB: as many as the default settings collect."
-    rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("bench") / "set"
-    with EpisodeWriter(folder, SPEC, {}) as writer:
-        for _ in range(1500):
-            writer.add(
-                Episode(
-                    rng.integers(0, 256, (33, 3, 64, 64), np.uint8),
-                    rng.uniform(-1, 1, (32, 2)).astype(np.float32),
-                    np.zeros(32, np.float32),
-                    False,
-                    rng.uniform(0, 64, (33, 4)).astype(np.float32),
-                )
-            )
+    write_noise(folder, 1500)
     yield open_dataset(folder)
     shutil.rmtree(folder)
 

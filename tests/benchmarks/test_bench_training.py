@@ -1,56 +1,28 @@
 "Does reading windows from disk hold training up? Run: pytest --benchmark-only."
 
-import time
 
 import numpy as np
 import pytest
 import torch
+from bench_tools import SPEC, Watch, write_noise
 
 from worldmodels_nb.data.datasets import Batch, Windows, open_dataset
-from worldmodels_nb.data.envs import ActionSpec
-from worldmodels_nb.data.episodes import DataSpec, Episode, EpisodeWriter
 from worldmodels_nb.eval.latents import encode_dataset
 from worldmodels_nb.eval.rewards import RewardMLP, RewardWindows
 from worldmodels_nb.models.jepa import JEPA
 from worldmodels_nb.settings import load_settings
-from worldmodels_nb.training.fit import Callback, fit, freeze
+from worldmodels_nb.training.fit import fit, freeze
 from worldmodels_nb.training.parts import NaNGuard
 
-SPEC = DataSpec(
-    (3, 64, 64),
-    ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0]),
-    ["agent x", "agent y", "wall x", "door y"],
-    [0, 1],
-)
 STEPS = 50  # of each kind
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     "9,900 frames on disk, 122 MB."
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("bench") / "set"
-    with EpisodeWriter(folder, SPEC, {}) as writer:
-        for _ in range(300):
-            writer.add(
-                Episode(
-                    rng.integers(0, 256, (33, 3, 64, 64), np.uint8),
-                    rng.uniform(-1, 1, (32, 2)).astype(np.float32),
-                    np.zeros(32, np.float32),
-                    False,
-                    rng.uniform(0, 64, (33, 4)).astype(np.float32),
-                )
-            )
+    folder = tmp_path_factory.mktemp("bench") / "set"
+    write_noise(folder, 300)
     return open_dataset(folder)
-
-
-class Watch(Callback):
-    "Seconds of each step, from one `on_step` to the next."
-
-    def on_start(self, run):
-        self.marks = [time.perf_counter()]
-
-    def on_step(self, run):
-        self.marks.append(time.perf_counter())
 
 
 def compare(benchmark, stored, sample, callbacks=()):

@@ -5,26 +5,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from bench_tools import Watch
 
 from worldmodels_nb.data.datasets import Windows, open_dataset
 from worldmodels_nb.data.envs import ActionSpec
 from worldmodels_nb.data.episodes import DataSpec, Episode, EpisodeWriter
 from worldmodels_nb.models.action_conditioned import WorldModelTransformer, normalize
 from worldmodels_nb.settings import ActionSettings, load_settings
-from worldmodels_nb.training.fit import Callback, fit
+from worldmodels_nb.training.fit import fit
 
 SPEC = DataSpec((3, 8, 8), ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0]), [], [])
 TOKENS, WIDTH, STEPS = 64, 96, 12  # of each kind
-
-
-class Watch(Callback):
-    "Seconds of each step, from one `on_step` to the next."
-
-    def on_start(self, run):
-        self.marks = [time.perf_counter()]
-
-    def on_step(self, run):
-        self.marks.append(time.perf_counter())
 
 
 @pytest.fixture(scope="module")
