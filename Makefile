@@ -5,6 +5,9 @@ PRESET ?= demo
 BIN = .venv/bin
 README ?= README.md
 RUNS = data/runs
+# letter by letter as they were given, and read from the environment: neither make nor sh takes a name for code
+override export RUN := $(value RUN)
+override export PRESET := $(value PRESET)
 export MPLBACKEND = agg
 # threads that wait spin briefly, then sleep: on a busy machine about as good as not spinning at all, on a quiet one much better
 export GOMP_SPINCOUNT = 1000
@@ -15,9 +18,10 @@ export PYTHONWARNINGS = ignore::DeprecationWarning:zmq
 help:
 	@echo "make demo | run | lab | test | style | bench | sample | readme | export"
 
-.venv/core: pyproject.toml constraints.txt
+.venv/core: pyproject.toml constraints.txt jupyter_server_config.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	mkdir -p .venv/etc/jupyter && cp jupyter_server_config.py .venv/etc/jupyter/
 	touch $@
 
 .venv/dev: .venv/core
@@ -26,18 +30,22 @@ help:
 
 # One experiment and its report: make demo, or make run RUN=mine PRESET=smoke
 demo run: .venv/core
-	@if [ -f $(RUNS)/$(RUN)/report.html ]; then echo "$(RUNS)/$(RUN) is finished: see $(RUNS)/$(RUN)/report.html; for another run say make $@ RUN=another"; else $(MAKE) --no-print-directory experiment; fi
+	@case "$$RUN" in \
+	""|[.-]*|*[!A-Za-z0-9_.-]*) printf '%s\n' "RUN=$$RUN is no name for a run: take letters, digits, - and _"; exit 2;; \
+	*) if [ $${#RUN} -gt 100 ]; then echo "RUN has $${#RUN} letters: take 100 at most"; exit 2; fi;; esac; \
+	if [ -f "$(RUNS)/$$RUN/report.html" ]; then echo "$(RUNS)/$$RUN is finished: see $(RUNS)/$$RUN/report.html; for another run say make $@ RUN=another"; else $(MAKE) --no-print-directory experiment; fi
 
 .PHONY: experiment
 experiment:
 	@mkdir -p $(RUNS)
-	@grep -qs '"finished"' $(RUNS)/$(RUN)/status.json || $(BIN)/papermill nbs/7_run/70_run_experiment.ipynb $(RUNS)/$(RUN).ipynb --no-progress-bar --stdout-file - --stderr-file - -p run $(RUN) -p preset $(PRESET)
-	$(BIN)/papermill nbs/7_run/71_run_report.ipynb $(RUNS)/$(RUN).report.ipynb --no-progress-bar -p run $(RUN)
-	@if [ -f $(RUNS)/$(RUN).ipynb ]; then mv $(RUNS)/$(RUN).ipynb $(RUNS)/$(RUN)/run.ipynb; fi; rm -f $(RUNS)/$(RUN).report.ipynb
-	@echo "The report: $(RUNS)/$(RUN)/report.html"
+	@grep -qs '"finished"' "$(RUNS)/$$RUN/status.json" || $(BIN)/papermill nbs/7_run/70_run_experiment.ipynb "$(RUNS)/$$RUN.ipynb" --no-progress-bar --stdout-file - --stderr-file - -r run "$$RUN" -r preset "$$PRESET"
+	$(BIN)/papermill nbs/7_run/71_run_report.ipynb "$(RUNS)/$$RUN.report.ipynb" --no-progress-bar -r run "$$RUN"
+	@if [ -f "$(RUNS)/$$RUN.ipynb" ]; then mv "$(RUNS)/$$RUN.ipynb" "$(RUNS)/$$RUN/run.ipynb"; fi; rm -f "$(RUNS)/$$RUN.report.ipynb"
+	@echo "The report: $(RUNS)/$$RUN/report.html"
 
+# On loopback, and with a token; that is why root may start it too, as in a container
 lab: .venv/core
-	$(BIN)/python -m jupyterlab --ip=127.0.0.1 nbs
+	$(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
 # Lint and density, then every notebook, then pytest with a browser; the time of each part is printed
 test: .venv/dev
@@ -59,7 +67,7 @@ sample: .venv/core
 	$(BIN)/python -c "from worldmodels_nb.data.datasets import make_sample; print(make_sample())"
 
 readme: .venv/core
-	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g; s|](\([0-9]_[a-z]*/\)|](nbs/\1|g" | awk '/^```/ {open = !open; if (open && $$0 == "```") $$0 = "```python"} 1' > $(README)
+	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g; s|](\([0-9]_[a-z]*/\)|](nbs/\1|g" | awk '/^```/ {open = !open; if (open && $$0 == "```") $$0 = "```python"} 1' > "$(README)"
 
 export: .venv/core
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

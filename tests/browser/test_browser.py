@@ -1,4 +1,4 @@
-"JupyterLab in a real browser: the walk through V-JEPA 2 runs, and its mask is redrawn from the keyboard."
+"JupyterLab in a real browser: a walk through V-JEPA 2, a mask drawn by keyboard, saving without an edit."
 
 import importlib.util
 import json
@@ -42,6 +42,10 @@ QUIET = [
 ]
 
 
+def git(folder, *words):
+    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -67,18 +71,24 @@ def wait_for(condition, what, server):
     pytest.fail(f"waited {PATIENCE} s for {what}")
 
 
-@pytest.fixture
-def lab(tmp_path):
-    "A JupyterLab of its own on a copy of the notebooks, on loopback; always stopped."
-    notebooks, home, port = tmp_path / "nbs", tmp_path / "home", free_port()
-    shutil.copytree(ROOT / "nbs", notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    walk = nbformat.read(notebooks / WALK, as_version=4)
-    for cell in walk.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None  # what will be on the page has been computed there
-    nbformat.write(walk, notebooks / WALK)
-    for name in ("settings.ini", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)  # the sample is found from the repository's root
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    "A copy of the notebooks and of what makes their folder a repository of ours, committed to git."
+    folder = tmp_path_factory.mktemp("a copy")
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("pyproject.toml", "settings.ini", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "data").symlink_to(ROOT / "data")  # the sample
+    git(folder, "init", "--quiet")
+    git(folder, "add", "nbs")
+    git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "all")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(repository, tmp_path_factory):
+    "A JupyterLab of its own on the copy, on loopback and saving as make lab does; always stopped."
+    notebooks, home, port = repository / "nbs", tmp_path_factory.mktemp("home"), free_port()
     folders = {
         name: home / name.lower()
         for name in (
@@ -96,7 +106,8 @@ def lab(tmp_path):
     (folders["JUPYTER_CONFIG_DIR"] / "labconfig" / "page_config.json").write_text(
         json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}})
     )
-    log = (tmp_path / "lab.log").open("w")
+    shutil.copy(ROOT / "jupyter_server_config.py", folders["JUPYTER_CONFIG_DIR"])
+    log = (home / "lab.log").open("w")
     server = subprocess.Popen(
         [
             sys.executable,
@@ -148,24 +159,61 @@ def page():
             browser.close()
 
 
-def test_the_walk_in_jupyterlab(lab, page):
+def open_notebook(page, lab, path):
+    "Show a notebook, and wait until its kernel has said what it is."
+    url, server = lab
+    page.goto(f"{url}/lab/tree/{path}?reset")  # and no tab from before
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    return wait_for(lambda: idle_kernel(url, path), f"a kernel for {path}", server)
+
+
+def idle_kernel(url, path):
+    "The session of a notebook whose kernel waits for work."
+    sessions = [s for s in ask(f"{url}/api/sessions") if s["path"].endswith(path)]
+    return [s for s in sessions if s["kernel"]["connections"] and s["kernel"]["execution_state"] == "idle"]
+
+
+def command(page, name):
+    return page.evaluate("name => window.jupyterapp.commands.execute(name)", name)
+
+
+def metadata(page):
+    "What the page holds as the open notebook's metadata."
+    return page.evaluate("() => window.jupyterapp.shell.currentWidget.model.sharedModel.getMetadata()")
+
+
+# Prose and pictures, a page of tables, parameters that are tagged, widgets, a chapter that is exported
+UNTOUCHED = [
+    "index.ipynb",
+    "9_reference/91_settings_reference.ipynb",
+    "7_run/70_run_experiment.ipynb",
+    "6_widgets/61_masks.ipynb",
+    "0_data/02_tworooms.ipynb",
+]
+
+
+@pytest.mark.parametrize("path", UNTOUCHED)
+def test_saving_without_an_edit_changes_nothing(lab, repository, page, path):
+    open_notebook(page, lab, path)
+    wait_for(lambda: "language_info" in metadata(page), "the kernel's language", lab[1])
+    before = (repository / "nbs" / path).stat().st_mtime_ns
+    command(page, "docmanager:save")
+    wait_for(lambda: (repository / "nbs" / path).stat().st_mtime_ns > before, "the save", lab[1])
+    assert git(repository, "status", "--porcelain", "nbs") == ""
+
+
+def test_the_walk_in_jupyterlab(lab, repository, page):
     from playwright.sync_api import expect
 
-    url, server = lab
-    page.goto(f"{url}/lab/tree/{WALK}")
-    page.wait_for_selector(".jp-Notebook .jp-Cell")
-
-    def kernel_is_idle():
-        return [
-            s
-            for s in ask(f"{url}/api/sessions")
-            if s["kernel"]["connections"] > 0 and s["kernel"]["execution_state"] == "idle"
-        ]
-
-    wait_for(kernel_is_idle, "a kernel", server)
-    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    walk = nbformat.read(repository / "nbs" / WALK, as_version=4)
+    for cell in walk.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None  # what will be on the page has been computed there
+    nbformat.write(walk, repository / "nbs" / WALK)
+    open_notebook(page, lab, WALK)
+    command(page, "notebook:run-all-cells")
     expect(page.locator(".jp-OutputArea-output", has_text="the walk is complete")).to_be_visible()
-    wait_for(kernel_is_idle, "the last cell", server)
+    wait_for(lambda: idle_kernel(lab[0], WALK), "the last cell", lab[1])
     for kind in ("error", "stderr"):
         said = page.locator(f".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.{kind}']")
         assert said.count() == 0

@@ -1,5 +1,7 @@
 "Episodes, datasets and a faulty environment, for the tests of everything between a policy and a window."
 
+import time
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -96,13 +98,14 @@ def make():
 
 
 class Faulty(gym.Env):
-    "Eight steps of a growing picture; `faults`: number of an episode, counted by resets, to (kind, step)."
+    "Eight steps of a growing picture; `faults`: number of an episode, counted by resets, to [kind, step]."
 
     metadata = {"render_modes": ["rgb_array"]}
     observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
 
     def __init__(self, faults, render_mode=None):
-        self.faults, self.episode, self.render_mode = faults, -1, render_mode
+        self.faults = {int(episode): fault for episode, fault in faults.items()}
+        self.episode, self.render_mode = -1, render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -117,12 +120,18 @@ class Faulty(gym.Env):
         fault = self.t == self.at
         if fault and self.kind == "raise":
             raise RuntimeError("out of coal")
-        reward = float("nan") if fault and self.kind == "nan" else 1.0
-        return np.zeros(1, np.float32), reward, self.t == 8, False, {}
+        if fault and self.kind == "sleep":
+            time.sleep(60)
+        rewards = {"nan": float("nan"), "none": None, "two": np.ones(2), "word": "1"}
+        reward = rewards.get(self.kind, 1.0) if fault else 1.0
+        over = None if fault and self.kind == "end" else False
+        answer = np.zeros(1, np.float32), reward, self.t == 8, over, {}
+        return answer[1:] if fault and self.kind == "old" else answer
 
     def render(self):
-        height = 9 if self.t == self.at and self.kind == "size" else 8
-        return np.full((height, 8, 3), 10 * self.t, np.uint8)
+        picture = np.full((8, 8, 3), 10 * self.t, np.uint8)
+        faults = {"size": np.zeros((9, 8, 3), np.uint8), "list": [picture], "float": picture / 255}
+        return faults.get(self.kind, picture) if self.t == self.at else picture
 
 
 gym.register("Faulty-v0", Faulty)

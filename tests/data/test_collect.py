@@ -1,8 +1,14 @@
 "An episode depends on its seed and its number only: not on batches, neighbours, workers or faults."
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import textwrap
+import time
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -10,9 +16,9 @@ import pytest
 import torch
 
 from worldmodels_nb.data import collect
-from worldmodels_nb.data.collect import gather
+from worldmodels_nb.data.collect import gather, is_reproducible
 from worldmodels_nb.data.policies import CollectError
-from worldmodels_nb.data.tworooms import EnvError, TwoRoomsVectorEnv
+from worldmodels_nb.data.tworooms import EnvError, TwoRoomsEnv, TwoRoomsVectorEnv
 
 ROOMS = "worldmodels_nb/TwoRooms-v0"
 
@@ -154,11 +160,28 @@ def test_atari(small, assert_same):
 def faulty(make):
     "faulty(faults, episodes): settings for the faulty environment."
     base = dict(env__id="Faulty-v0", env__size=8, decoder__patch_size=8, collect__steps=20)
-    return lambda faults, n=5: make(**base, env__kwargs=dict(faults=faults), collect__episodes=n)
+
+    def settings(faults, n=5, **more):
+        named = {str(episode): list(fault) for episode, fault in faults.items()}
+        return make(**base | more, env__kwargs=dict(faults=named), collect__episodes=n)
+
+    return settings
 
 
 @pytest.mark.parametrize(
-    "kind, word", [("nan", "reward of nan"), ("raise", "out of coal"), ("size", "changed its frames")]
+    "kind, word",
+    [
+        ("nan", "reward of nan"),
+        ("raise", "out of coal"),
+        ("size", "changed its frames"),
+        ("none", "reward of None"),
+        ("two", "reward of"),
+        ("word", "reward of 1"),
+        ("end", "truncated of None"),
+        ("old", "returned 4 values"),
+        ("list", "list"),
+        ("float", "changed its frames"),
+    ],
 )
 def test_a_fault_ends_its_episode_and_no_other(faulty, kind, word):
     with pytest.warns(UserWarning) as caught:
@@ -190,6 +213,16 @@ def test_three_lost_episodes_in_a_row_are_too_many(faulty):
         assert kept == [0]
 
 
+@pytest.mark.parametrize("fault", [("reset", 0), ("raise", 1), ("old", 1), ("none", 1)])
+@pytest.mark.parametrize("n", [2, 5])
+def test_when_no_episode_works_it_is_one_error(faulty, fault, n):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CollectError, match="sound step, the last because Faulty-v0") as caught:
+            got(faulty(dict.fromkeys(range(5), fault), n))
+    assert "\n" not in str(caught.value)
+
+
 class NanRow(TwoRoomsVectorEnv):
     "Two rooms, of which every third gives no number at its third step."
 
@@ -215,6 +248,54 @@ def test_a_fault_in_one_row_of_a_batch_ends_that_row_only(small):
     assert all(np.array_equal(b.frames, w.frames[: len(b.frames)]) for b, w in zip(broken, whole))
 
 
+class LostRow(TwoRoomsVectorEnv):
+    "Two rooms, of which the second loses its state at the third step, or at the reset."
+
+    t, at = 0, 3
+
+    def lost(self, info):
+        states = info["state"].copy()
+        if self.t == self.at:
+            states[1, 0] = np.inf
+        return dict(state=states)
+
+    def reset(self, **options):
+        self.t = 0
+        frames, info = super().reset(**options)
+        return frames, self.lost(info)
+
+    def step(self, actions):
+        self.t += 1
+        *answer, info = super().step(actions)
+        return *answer, self.lost(info)
+
+
+gym.register("LostRow-v0", "worldmodels_nb.data.tworooms:TwoRoomsEnv", vector_entry_point=LostRow)
+
+
+@pytest.mark.parametrize("at, kept", [(0, None), (1, None), (3, 2), (5, 4)])
+def test_a_state_that_is_not_finite_ends_its_row_only(small, at, kept, monkeypatch):
+    monkeypatch.setattr(LostRow, "at", at)
+    with pytest.warns(UserWarning, match="episode 1 is .*LostRow-v0 gave a state"):
+        episodes = got(small("LostRow-v0"))
+    lengths = {episode.index: len(episode.actions) for episode in episodes}
+    assert lengths.pop(1, None) == kept and lengths == {i: 5 for i in (0, 2, 3, 4, 5)}
+
+
+# ---------------------------------------------------------------- environments that hang
+
+
+@pytest.mark.parametrize("at, workers", [(1, 0), (4, 0), (8, 0), (4, 1)])
+def test_an_environment_that_hangs_loses_its_episode_only(faulty, at, workers):
+    settings = faulty({1: ("sleep", at)}, 4, env__timeout=0.5, collect__workers=workers)
+    if workers:  # there it is known by a module
+        settings = settings.model_copy(update=dict(env=settings.env.model_copy(update=dict(id=FAULTY))))
+    with pytest.warns(UserWarning, match="episode 1 is left out: .*did not come back within 0.5 s") as caught:
+        episodes = got(settings)
+    # its successor is a fresh environment, which counts its episodes from zero and hangs in its second
+    assert [episode.index for episode in episodes] == [0, 2] and len(caught) == 2
+
+
 MODULE = """
 import multiprocessing, os, gymnasium as gym, numpy as np
 class Env(gym.Env):
@@ -235,6 +316,116 @@ gym.register("FromModule-v0", Env)
 """
 
 
+FAULTY = "own_faulty:OwnFaulty-v0"
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path, monkeypatch):
+    "A working directory with a module of one's own in it, where the package was not imported."
+    source = Path(__file__).with_name("conftest.py").read_text(encoding="utf-8")
+    (tmp_path / "own_faulty.py").write_text(source.replace("Faulty-v0", "OwnFaulty-v0"), encoding="utf-8")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+
+
+OWN = """
+import ctypes, os, pathlib, signal, time
+import gymnasium as gym, numpy as np
+from worldmodels_nb.data.tworooms import TwoRoomsEnv
+class Env(TwoRoomsEnv):
+    def __init__(self, hang="", folder="", render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.hang, self.folder = hang, pathlib.Path(folder)
+    def reset(self, *, seed=None, options=None):
+        (self.folder / f"{os.getpid()}.pid").write_text("")
+        self.t = 0
+        return super().reset(seed=seed)
+    def step(self, action):
+        self.t += 1
+        if self.hang == "python":
+            while True: pass
+        if self.hang == "sleep": time.sleep(600)
+        if self.hang == "slow": time.sleep(.05)
+        if self.hang == "C" and self.states[0, 0] < 32:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            ctypes.PyDLL(None).sleep(600)  # nobody else in this process gets a turn
+        return super().step(action)
+gym.register("Own-v0", Env)
+"""
+
+
+@pytest.fixture
+def own(small, tmp_path):
+    "own(hang, …): settings of an environment from a module in the working directory, which leaves its pid."
+    (tmp_path / "own_games.py").write_text(OWN)
+    here = dict(folder=str(tmp_path))
+    return lambda hang="", **more: small("own_games:Own-v0", env__kwargs=dict(hang=hang, **here), **more)
+
+
+def test_workers_find_a_module_in_the_working_directory(own, small, assert_same):
+    one, two = got(own(collect__workers=2)), got(small())
+    assert len(one) == 6
+    assert_same(one, got(own()))
+    assert [episode.frames.shape for episode in one] == [episode.frames.shape for episode in two]
+
+
+def test_a_worker_that_is_stuck_outside_of_python_is_ended(own, small, monkeypatch):
+    monkeypatch.setattr(collect, "_patience", lambda env: 2.0)
+    with pytest.warns(UserWarning, match="did not come back within env.timeout, and was ended"):
+        stuck = {episode.index for episode in got(own("C", collect__workers=1))}
+    assert stuck == {episode.index for episode in got(small()) if (episode.states[:-1, 0] >= 32).all()}
+
+
+SCRIPT = """
+import sys
+from worldmodels_nb.data.collect import gather
+from worldmodels_nb.settings import load_settings
+if __name__ == "__main__":
+    hang, folder = sys.argv[1:]
+    small = {"env.size": 40, "env.color": "grey", "decoder.patch_size": 8, "collect.episodes": 500}
+    own = {"env.id": "own_games:Own-v0", "env.kwargs": dict(hang=hang, folder=folder), "env.timeout": 0.0}
+    ppo = {"collect.policy": "ppo", "collect.ppo.subprocesses": True, "collect.ppo.n_envs": 2}
+    ppo |= {"data.dir": folder}
+    how = ppo if hang == "ppo" else {"collect.workers": 2}
+    list(gather(load_settings(overrides=small | own | how), progress=False))
+"""
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux which processes there are")
+@pytest.mark.parametrize(
+    "hang, kill",
+    [("sleep", signal.SIGTERM), ("python", signal.SIGKILL), ("C", signal.SIGKILL), ("ppo", signal.SIGKILL)],
+)
+def test_workers_end_when_their_parent_is_killed(own, hang, kill, tmp_path):
+    if hang == "ppo":
+        pytest.importorskip("stable_baselines3")
+    own()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    parent = subprocess.Popen([sys.executable, "script.py", hang, str(tmp_path)], stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: len(list(tmp_path.glob("*.pid"))) >= 2)
+        workers = [int(path.stem) for path in tmp_path.glob("*.pid") if int(path.stem) != parent.pid]
+        assert len(workers) >= 2 and all(map(is_running, workers))
+    finally:
+        parent.send_signal(kill)
+        parent.wait()
+    assert wait_until(lambda: not any(map(is_running, workers)), 30)
+
+
 @pytest.mark.parametrize("die", [True, False])
 def test_trouble_in_a_worker_reaches_its_parent(make, die, tmp_path, monkeypatch):
     name, id = f"module_with_env_{int(die)}", f"FromModule{int(die)}-v0"
@@ -249,3 +440,68 @@ def test_trouble_in_a_worker_reaches_its_parent(make, die, tmp_path, monkeypatch
         with pytest.warns(UserWarning, match="out of coal") as caught:
             assert [len(episode.actions) for episode in got(settings)] == [2, 2]
         assert len(caught) == 2
+
+
+# ---------------------------------------------------------------- is it the same the second time?
+
+
+class Careless(TwoRoomsEnv):
+    "Its rewards come from somewhere: a generator of everybody's, its own, the clock, or its past."
+
+    made = 0
+
+    def __init__(self, source, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        Careless.made, self.past = Careless.made + 1, 0
+        sources = dict(
+            seeded=lambda: self.np_random.random(),
+            numpy=np.random.random,
+            python=random.random,
+            torch=lambda: torch.rand(1).item(),
+            own=np.random.default_rng().random,
+            clock=lambda: time.perf_counter_ns() % 1000 / 1000,
+            system=lambda: os.urandom(1)[0] / 256,
+            past=lambda: self.past / 1000,
+            others=lambda: Careless.made / 1000,
+            nothing=lambda: 0.0,
+        )
+        self.source = sources[source]
+
+    def step(self, action):
+        self.past += 1
+        observation, _, *rest = super().step(action)
+        return observation, self.source(), *rest
+
+
+gym.register("Unsure-v0", Careless)
+
+
+@pytest.mark.parametrize("source", ["numpy", "python", "torch", "own", "clock", "system", "past", "others"])
+def test_what_depends_on_more_than_its_seed_is_found_out(small, source):
+    settings = small("Unsure-v0", env__kwargs=dict(source=source))
+    for _ in range(2):
+        seed_globals()
+        assert not is_reproducible(settings)
+
+
+@pytest.mark.parametrize(
+    "id, extra",
+    [
+        ("Unsure-v0", dict(env__kwargs=dict(source="seeded"))),
+        ("Unsure-v0", dict(env__kwargs=dict(source="nothing"))),
+        (ROOMS, dict(env__kwargs=dict(wall="random"), collect__steps=100)),
+        ("CartPole-v1", dict(collect__steps=100, env__frame_skip=1)),
+        ("Pendulum-v1", dict(collect__policy="ppo", env__action_repeat=2)),
+        ("Acrobot-v1", dict(collect__steps=1, collect__random_share=1.0)),
+    ],
+)
+def test_what_depends_on_its_seed_is_reproducible_and_is_not_stepped_long(small, id, extra, monkeypatch):
+    lengths, run = [], collect._run
+    monkeypatch.setattr(collect, "_run", lambda *args: lengths.append(run(*args)) or lengths[-1])
+    assert is_reproducible(small(id, **extra))
+    assert len(lengths) == 3 and all(len(one.actions) <= 32 for found in lengths for one, _ in found)
+
+
+def test_an_environment_that_never_works_is_equally_bad_twice(faulty):
+    assert is_reproducible(faulty(dict.fromkeys(range(3), ("reset", 0))))
+    assert not is_reproducible(faulty({0: ("raise", 2)}))

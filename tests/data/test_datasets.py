@@ -2,9 +2,10 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from worldmodels_nb.data import datasets as module
 from worldmodels_nb.data.datasets import (
+    Batch,
     Dataset,
+    NoWindows,
     Windows,
     dataset_name,
     dataset_settings,
@@ -25,7 +28,15 @@ from worldmodels_nb.data.datasets import (
     verify,
 )
 from worldmodels_nb.data.envs import ActionSpec
-from worldmodels_nb.data.episodes import DatasetError, DataSpec, Episode, as_rows, crosses_door
+from worldmodels_nb.data.episodes import (
+    DatasetError,
+    DataSpec,
+    Episode,
+    as_rows,
+    content_hash,
+    crosses_door,
+    file_hash,
+)
 from worldmodels_nb.settings import load_settings, make_settings, repo_root
 
 PLANE = ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0])
@@ -102,14 +113,68 @@ def test_what_is_no_dataset_says_so(tmp_path):
         (lambda r: r["files"].pop("rewards"), "damaged at 'rewards'"),
         (
             lambda r: r["spec"].update(frame_shape=[3, 4, 2]),
-            "frames.npy holds rows uint8 .*, and its record promises",
+            r"frames.npy is not a plain array of uint8 rows \(3, 4, 2\), but begins with .*\(7, 3, 2, 4\)",
         ),
+        (lambda r: r["files"].update({"../../outside": dict(bytes=1, sha256="0")}), "damaged at '../../out"),
+        (lambda r: r["files"].update({"/etc/passwd": dict(bytes=1, sha256="0")}), "damaged at '/etc/passwd'"),
+        (lambda r: r["files"].update(frames="../frames.npy"), "damaged"),
+        (lambda r: r["files"]["frames"].update(bytes="9"), "damaged at files"),
+        (lambda r: r["files"]["frames"].update(bytes=-1), "frames.npy has .* bytes and should have -1"),
+        (lambda r: r["files"]["frames"].update(bytes=10**30), "frames.npy has .* bytes and should have 1000"),
+        (lambda r: r["files"]["frames"].update(bytes=True), "damaged at files"),
+        (lambda r: r["files"]["frames"].update(sha256=None), "damaged at files"),
+        (lambda r: r.update(hash="../../../elsewhere"), "damaged at hash"),
+        (lambda r: r.update(hash="0" * 63), "damaged at hash"),
+        (lambda r: r.update(hash=7), "damaged"),
+        (lambda r: r.update(settings=[]), "damaged at settings"),
+        (lambda r: r.update(settings={"env": "CartPole-v1"}), "damaged at settings"),
+        (lambda r: r.update(counts=None), "damaged"),
+        (lambda r: r["counts"].update(episodes=-2), "counts {'episodes': -2"),
+        (lambda r: r["counts"].update(steps=10**12), "counts .*, not {'episodes': 2, 'steps': 5"),
+        (lambda r: r["counts"].update(frames="7"), "damaged at counts"),
+        (lambda r: r["counts"].pop("frames"), "damaged at counts"),
+        (lambda r: r.update(door_crossing_share=2), "damaged at door_crossing_share"),
+        (lambda r: r.update(reproducible="<b>"), "damaged at reproducible"),
+        (lambda r: r.update(first_action="1"), "damaged at first_action"),
+        (lambda r: r.update(spec=[]), "damaged"),
+        (lambda r: r["spec"].update(position=[7]), "dataset.json is damaged: position of the data is"),
+        (lambda r: r["spec"].update(frame_shape=None), "damaged"),
+        (lambda r: r["spec"].update(state_names=[["x"], ["y"], ["z"]]), "damaged"),
+        (lambda r: r["spec"]["action"].update(n=10**12), "dataset.json is damaged: action of the data is"),
+        (lambda r: r["spec"]["action"].update(kind=[]), "damaged"),
     ],
 )
 def test_a_damaged_record_is_refused(stored, change, says):
     change_record(stored, change)
-    with pytest.raises(DatasetError, match=says):
-        open_dataset(stored)
+    for read in (open_dataset, verify):
+        with pytest.raises(DatasetError, match=says) as caught:
+            read(stored)
+        assert "\n" not in str(caught.value) and str(stored) in str(caught.value)
+
+
+def in_place_of(path, kind):
+    "Something that is no plain file where one was."
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        (path.parent.parent / "elsewhere").write_bytes(content)
+        path.symlink_to("../elsewhere")
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and links")
+@pytest.mark.parametrize("name", ["dataset.json", "frames.npy", "lengths.npy", "states.npy"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "device"])
+def test_only_plain_files_are_read(stored, name, kind):
+    in_place_of(stored / name, kind)
+    for read in (open_dataset, verify):
+        with pytest.raises(DatasetError, match="no plain file|that is a plain file"):
+            read(stored)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +232,103 @@ def test_pickled_objects_are_never_loaded(stored, tmp_path):
     assert not Spring.trap.exists()
 
 
-def test_file_names_in_the_record_lead_nowhere(stored):
-    outside = {"../../outside": dict(bytes=1, sha256="0")}
-    change_record(stored, lambda record: record["files"].update(outside))
-    assert len(open_dataset(stored)) == 2
+def forge(stored, name, change):
+    "Change an array, and the record so that every hash fits."
+    array = np.load(stored / f"{name}.npy")
+    np.save(stored / f"{name}.npy", change(array))
+    about = dict(bytes=(stored / f"{name}.npy").stat().st_size, sha256=file_hash(stored / f"{name}.npy"))
+
+    def fit(record):
+        record["files"][name] = about
+        record["hash"] = content_hash(record)
+
+    change_record(stored, fit)
+
+
+def put(row, value):
+    def change(array):
+        array[row] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, row, value, says",
+    [
+        ("states", 5, np.nan, "the data hold NaN: .*states.npy, row 5 .step 1 of episode 1."),
+        ("states", (0, 2), np.inf, "the data hold inf: .*states.npy, row 0 .step 0 of episode 0."),
+        ("rewards", 2, -np.inf, "the data hold -inf: .*rewards.npy, row 2 .step 2 of episode 0."),
+        ("rewards", -1, np.nan, "the data hold NaN: .*rewards.npy, row 6 .step 2 of episode 1."),
+        ("actions", (4, 1), np.nan, "the data hold NaN: .*actions.npy, row 4 .step 0 of episode 1."),
+        ("lengths", 0, 0, "lengths do not fit|do not fit together"),
+        ("lengths", 0, -1, "do not fit together"),
+        ("lengths", 0, 2**63 - 1, "do not fit together"),
+        ("lengths", slice(None), [-(2**62), 2**62 + 5], "do not fit together"),
+        ("lengths", slice(None), [2**63 - 1, -(2**63) + 5], "do not fit together"),
+    ],
+)
+def test_numbers_that_cannot_be_are_found_on_opening(stored, name, row, value, says):
+    forge(stored, name, put(row, value))
+    with pytest.raises(DatasetError, match=says) as caught:
+        open_dataset(stored)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row, value", [(0, 5), (3, -1), (5, 2**40), (6, -(2**63))])
+def test_actions_that_do_not_exist_are_found(tmp_path, discrete, make_episodes, written, row, value):
+    folder = written(tmp_path / "set", discrete, make_episodes(discrete, [3, 2])).folder
+    forge(folder, "actions", put(row, value))
+    says = f"the data hold action {value}, and there are 0 to 4: .*actions.npy, row {row} "
+    with pytest.raises(DatasetError, match=says):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    "name, row, value, says",
+    [
+        ("actions", (1, 0), 1.5, "the action is out of the record's bounds at row 1 .step 1 of episode 0."),
+        ("actions", (5, 1), -1.0000002, "the action is out of the record's bounds at row 5"),
+        ("actions", (0, 1), 3e38, "the action is out of the record's bounds at row 0"),
+        ("terminated", 1, True, "an episode ends, and goes on at row 1"),
+        ("terminated", 4, True, "an episode ends, and goes on at row 4"),
+        ("terminated", 6, True, "an episode ends, and goes on at row 6 .step 2 of episode 1."),
+    ],
+)
+def test_what_is_possible_and_untrue_is_found_by_verify(stored, name, row, value, says):
+    forge(stored, name, put(row, value))
+    open_dataset(stored)
+    with pytest.raises(DatasetError, match=says):
+        verify(stored)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("frames", lambda array: array.astype(">u2")),
+        ("frames", np.asfortranarray),
+        ("rewards", lambda array: array.astype(">f4")),
+        ("actions", lambda array: array.astype(np.float64)),
+        ("states", lambda array: array.astype([("x", "<f4")])),
+        ("states", lambda array: array[:, :2]),
+        ("terminated", lambda array: array.astype(np.int8)),
+        ("lengths", lambda array: array.astype(np.uint64)),
+        ("lengths", lambda array: array.reshape(2, 1)),
+        ("lengths", lambda array: array[:0]),
+    ],
+)
+def test_arrays_of_another_layout_are_refused(stored, name, change):
+    forge(stored, name, change)
+    for read in (open_dataset, verify):
+        with pytest.raises(DatasetError, match=f"{name}.npy is not a plain array of"):
+            read(stored)
+
+
+def test_opening_does_not_read_the_frames(stored, monkeypatch):
+    data = open_dataset(stored)
+    assert isinstance(data.frames, np.memmap)
+    monkeypatch.setattr(module, "file_hash", lambda path: pytest.fail(f"{path} was read"))
+    open_dataset(stored)
 
 
 # ---------------------------------------------------------------- making and reusing
@@ -274,6 +432,74 @@ def test_a_given_dataset_without_settings_is_judged_by_its_frames(tmp_path, disc
     says = r"frames of shape \(1, 2, 2\), and the settings ask for \(3, 64, 64\)"
     with pytest.raises(DatasetError, match=says):
         make_dataset(wanted(tmp_path, data__path=str(folder)))
+
+
+def test_how_long_an_environment_may_take_changes_no_data(tmp_path):
+    made = make_dataset(wanted(tmp_path), progress=False)
+    for timeout in (0.0, 1.5, 9999.0):
+        again = make_dataset(wanted(tmp_path, env__timeout=timeout), progress=False)
+        assert (again.origin, again.folder) == ("reused", made.folder)
+        path = wanted(tmp_path, env__timeout=timeout, data__path=str(made.folder))
+        assert make_dataset(path, progress=False).origin == "given"
+    assert "timeout" not in made.info["settings"]["env"]
+
+
+def test_a_dataset_says_whether_it_could_be_made_again(tmp_path, monkeypatch):
+    made = make_dataset(wanted(tmp_path), progress=False)
+    assert made.info["reproducible"] is True and made.info["first_action"] == 0
+    monkeypatch.setattr(module, "is_reproducible", lambda settings: False)
+    with pytest.warns(UserWarning, match="TwoRooms-v0 gives other episodes for the same seed"):
+        other = make_dataset(wanted(tmp_path / "other"), progress=False)
+    assert other.info["reproducible"] is False and other.hash == made.hash
+    for folder in (made.folder, other.folder):  # records that were written earlier do not say
+        change_record(folder, lambda record: [record.pop(key) for key in ("reproducible", "first_action")])
+        assert verify(folder).hash == made.hash
+
+
+class Careless(gym.Env):
+    "Draws from a generator that nobody seeds."
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
+    chance = np.random.default_rng(0)
+
+    def __init__(self, careful=False, render_mode=None):
+        self.careful, self.render_mode = careful, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    def render(self):
+        chance = self.np_random if self.careful else self.chance
+        return chance.integers(0, 256, (16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_an_environment_that_cannot_be_repeated_is_named(tmp_path, careful, recwarn):
+    gym.register("Careless-v0", Careless)
+    more = dict(env__id="Careless-v0", env__kwargs={"careful": careful}, collect__policy="random")
+    data = make_dataset(wanted(tmp_path, **more), progress=False)
+    assert data.info["reproducible"] is careful
+    assert careful != any("Careless-v0 gives other episodes" in str(one.message) for one in recwarn)
+
+
+@pytest.mark.parametrize("place", ["file", "file/datasets"])
+def test_a_file_where_the_datasets_should_be_is_named(tmp_path, left_in, place):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DatasetError, match="was not written: .*data.dir"):
+        make_dataset(wanted(tmp_path, data__dir=str(tmp_path / place)), progress=False)
+    assert left_in(tmp_path) == ["file"]
+
+
+def test_a_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = make_dataset(wanted(tmp_path, data__dir="~/sets"), progress=False)
+    assert made.folder.parent == tmp_path / "sets"
+    given = make_dataset(wanted(tmp_path, data__path=f"~/sets/{made.folder.name}"))
+    assert given.hash == open_dataset(f"~/sets/{made.folder.name}").hash == made.hash
 
 
 def test_another_process_may_finish_first(tmp_path, monkeypatch):
@@ -433,6 +659,33 @@ def test_no_window_in_no_episodes():
     for T in (0, 1):
         with pytest.raises(DatasetError, match="no window fits"):
             Windows(in_memory([3]), np.array([], int), T)
+
+
+@pytest.mark.parametrize(
+    "lengths, T, knob",
+    [([3, 2], 4, "train.window_steps"), ([1] * 7, 2, "vjepa2.action.window"), ([5], 9, "ac.window")],
+)
+def test_no_window_names_its_own_setting_and_how_many_are_too_short(lengths, T, knob):
+    few, longest = len(lengths), max(lengths)
+    says = f"{knob} is {T} steps, and {few} of {few} episodes are too short: .* has {longest}; lower {knob}"
+    with pytest.raises(NoWindows, match=says):
+        Windows(in_memory(lengths), np.arange(few), T, knob=knob)
+    assert len(Windows(in_memory(lengths), np.arange(few), longest, knob=knob)) >= 1
+
+
+@dataclass
+class Marked(Batch):
+    "A batch with something more, as another chapter may want it."
+    marks: torch.Tensor | None = None
+
+
+def test_a_batch_that_is_moved_stays_what_it_is(discrete):
+    plain = vars(Windows(in_memory([5, 6], spec=discrete), [0, 1], 3).sample(4, 0, 0))
+    for marks in (torch.zeros(4), None):
+        moved = Marked(**plain, marks=marks).to("meta")
+        assert type(moved) is Marked and moved.actions.device.type == "meta"
+        assert (moved.marks is None) == (marks is None) and moved.states is None and moved.latents is None
+    assert moved.to("meta").frames is not None
 
 
 def test_types_and_shapes_of_a_batch(discrete):

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,22 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from worldmodels_nb.data import episodes as module
+from worldmodels_nb.data import episodes, files
 from worldmodels_nb.data.datasets import Windows
 from worldmodels_nb.data.envs import ActionSpec
 from worldmodels_nb.data.episodes import (
-    PARTIAL,
     DatasetError,
     DataSpec,
     Episode,
     EpisodeWriter,
-    RowFile,
     as_rows,
-    cached_rows,
-    start_partial,
-    sweep_partial,
-    whole_folder,
+    find_unsound,
 )
+from worldmodels_nb.data.files import RowFile
 from worldmodels_nb.settings import repo_root
 
 
@@ -63,6 +58,98 @@ def test_a_spec_survives_json(either):
     assert DataSpec.from_record(json.loads(json.dumps(asdict(either)))) == either
 
 
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("frame_shape", [3, 64]),
+        ("frame_shape", [3, 64, 0]),
+        ("frame_shape", [3, 64, 10**12]),
+        ("frame_shape", ["3", "64", "64"]),
+        ("frame_shape", [True, 64, 64]),
+        ("state_names", ["x", "x", "y"]),
+        ("state_names", ["x", "y", 3]),
+        ("state_names", "xyz"),
+        ("position", [3]),
+        ("position", [-1]),
+        ("position", [0, 0]),
+        ("position", [0.0]),
+        ("position", ["0"]),
+        ("position", [None]),
+        ("position", {}),
+    ],
+)
+def test_a_spec_that_no_data_can_have_is_refused(tmp_path, continuous, part, value):
+    record = json.loads(json.dumps(asdict(continuous))) | {part: value}
+    with pytest.raises(DatasetError, match=f"^{part} of the data is ") as caught:
+        DataSpec.from_record(record)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(n=0),
+        dict(n=-1),
+        dict(n=10**12),
+        dict(n=2.0),
+        dict(n="2"),
+        dict(kind="discrete"),  # with bounds
+        dict(kind="both"),
+        dict(kind=None),
+        dict(low=None),
+        dict(low=[-1.0]),
+        dict(high=[1.0, 1.0, 1.0]),
+        dict(low=[-1.0, float("nan")]),
+        dict(high=[1.0, float("inf")]),
+        dict(high=[1.0, 10**400]),
+        dict(low=[-1.0, 2.0]),
+        dict(low=["-1", "-1"]),
+        dict(low=[True, False]),
+        dict(low={}),
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_actions_that_cannot_be_are_refused(continuous, change):
+    record = json.loads(json.dumps(asdict(continuous)))
+    record["action"] |= change
+    with pytest.raises(DatasetError, match="^action of the data is ") as caught:
+        DataSpec.from_record(record)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_writer_refuses_a_spec_that_nobody_could_read(tmp_path, left_in):
+    spec = DataSpec((3, 2, 2), ActionSpec("discrete", 0), [], [])
+    with pytest.raises(DatasetError, match="action of the data"):
+        EpisodeWriter(tmp_path / "set", spec, {})
+    assert left_in(tmp_path) == []
+
+
+NAN, INF = np.float32("nan"), np.float32("inf")
+
+
+@pytest.mark.parametrize("name", ["actions", "rewards", "states"])
+@pytest.mark.parametrize("value, said", [(NAN, "NaN"), (INF, "inf"), (-INF, "-inf")])
+def test_numbers_that_are_none_are_found_where_they_come_in(continuous, make_episodes, name, value, said):
+    (episode,) = make_episodes(continuous, [5])
+    getattr(episode, name)[3] = value
+    with pytest.raises(DatasetError, match=f"an episode holds {said}: {name} at step 3"):
+        as_rows(episode, continuous)
+
+
+@pytest.mark.parametrize("value", [5, -1, 2**62, -(2**63)])
+def test_actions_that_do_not_exist_are_found_where_they_come_in(discrete, make_episodes, value):
+    (episode,) = make_episodes(discrete, [5])
+    episode.actions[2] = value
+    with pytest.raises(DatasetError, match=f"holds action {value}, and there are 0 to 4: actions at step 2"):
+        as_rows(episode, discrete)
+
+
+def test_sound_numbers_are_sound(either, make_episodes):
+    assert all(find_unsound(as_rows(e, either), either.action) is None for e in make_episodes(either, [3, 1]))
+    ram = dict(actions=np.zeros(2, np.int64), rewards=np.zeros(2), states=np.full((2, 128), 255, np.uint8))
+    assert find_unsound(ram, ActionSpec("discrete", 1)) is None
+
+
 def test_rows_of_last_frames_are_zero(tmp_path, continuous, make_episodes, written):
     data = written(tmp_path / "set", continuous, make_episodes(continuous, [4, 2]))
     last = data.starts + data.lengths
@@ -86,26 +173,6 @@ def test_byte_states_stay_bytes_on_disk_and_become_floats_in_batches(
     data = written(tmp_path / "set", spec, [episode])
     assert data.states.dtype == np.uint8
     assert Windows(data, [0], 1).batch(np.array([0])).states.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "int64", "bool"])
-def test_a_grown_file_is_the_file_numpy_saves(tmp_path, dtype):
-    whole = np.arange(24).reshape(12, 2).astype(dtype)
-    grown = RowFile(tmp_path / "grown.npy", dtype, (2,))
-    for part in np.split(whole, [1, 5]):
-        grown.append(part)
-    grown.close()
-    np.save(tmp_path / "saved.npy", whole)
-    assert (tmp_path / "grown.npy").read_bytes() == (tmp_path / "saved.npy").read_bytes()
-
-
-def test_a_file_grows_by_its_own_kind_of_rows_only(tmp_path):
-    grown = RowFile(tmp_path / "grown.npy", "float32", (2,))
-    for wrong in (np.zeros((1, 3), "float32"), np.zeros((1, 2))):
-        with pytest.raises(DatasetError, match=r"grows by float32 rows of shape \(2,\), not by"):
-            grown.append(wrong)
-    grown.abandon()
-    grown.abandon()
 
 
 def test_the_same_content_has_the_same_hash_wherever_it_is_written(
@@ -139,8 +206,12 @@ def test_record_states_counts_and_door_crossings(tmp_path, discrete, continuous,
         (lambda e: setattr(e, "actions", e.actions.astype(float)), "actions .* float64"),
         (lambda e: setattr(e, "states", None), "states"),
         (lambda e: setattr(e, "rewards", e.rewards[1:]), "rewards"),
+        (lambda e: setattr(e, "rewards", e.rewards[:, None]), r"rewards .* \(4, 1\)"),
+        (lambda e: setattr(e, "actions", e.actions[:, 0]), r"actions .* \(4,\)"),
+        (lambda e: setattr(e, "actions", e.actions[..., None]), r"actions .* \(4, 2, 1\)"),
     ],
-    ids=["float frames", "a frame missing", "double actions", "no states", "a reward missing"],
+    ids=["float frames", "a frame missing", "double actions", "no states", "a reward missing"]
+    + ["a column of rewards", "numbers for actions", "columns for actions"],
 )
 def test_an_episode_that_does_not_fit_is_refused_and_nothing_is_left(
     tmp_path, continuous, make_episodes, written, left_in, change, says
@@ -189,13 +260,16 @@ def test_trouble_of_others_inside_the_block_keeps_its_name(tmp_path, discrete, m
 
 
 @pytest.mark.parametrize(
-    "where", ["RowFile.append", "RowFile.close", "write_json", "os.rename", "os.chmod", "start_partial"]
+    "where",
+    ["RowFile.append", "RowFile.close", "episodes.write_json", "files.start_partial"]
+    + ["os.rename", "os.chmod", "os.mkdir", "os.fsync", "os.replace"],
 )
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path, discrete, make_episodes, written, left_in, monkeypatch, where
 ):
     owner, _, name = where.rpartition(".")
-    monkeypatch.setattr({"RowFile": RowFile, "os": os}.get(owner, module), name, full)
+    owners = {"RowFile": RowFile, "os": os, "episodes": episodes, "files": files}
+    monkeypatch.setattr(owners[owner], name, full)
     sentence = "No space left on device; make room in .* or set data.dir"
     with pytest.raises(DatasetError, match=sentence) as caught:
         written(tmp_path / "set", discrete, make_episodes(discrete, [3]))
@@ -239,6 +313,15 @@ def test_nothing_is_visible_before_the_end_and_an_existing_folder_is_kept(
     assert (tmp_path / "set" / "dataset.json").read_bytes() == before and left_in(tmp_path) == ["set"]
 
 
+def test_marks_are_in_the_record_and_not_in_the_hash(tmp_path, discrete, make_episodes, written):
+    plain = written(tmp_path / "plain", discrete, make_episodes(discrete, [3]))
+    with EpisodeWriter(tmp_path / "set", discrete, {}, reproducible=False, hash="mine") as writer:
+        writer.add(make_episodes(discrete, [3])[0])
+    record = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    assert record["hash"] == plain.hash and record["reproducible"] is False
+    assert "reproducible" not in plain.info
+
+
 def test_a_dataset_of_nothing_is_refused(tmp_path, discrete, written, left_in):
     with pytest.raises(DatasetError, match="raise collect.episodes"):
         written(tmp_path / "set", discrete, [])
@@ -250,255 +333,3 @@ def test_another_hash_than_the_expected_one_is_refused(tmp_path, discrete, make_
         with EpisodeWriter(tmp_path / "set", discrete, {}, expected="0" * 64) as writer:
             writer.add(make_episodes(discrete, [3])[0])
     assert left_in(tmp_path) == []
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from worldmodels_nb.data.episodes import start_partial
-folder = start_partial(Path(sys.argv[1]))
-(folder / "frames.npy").write_bytes(b"x" * 1000)
-print(folder.name, flush=True)
-time.sleep(60)
-"""
-FOREIGN = [".partial-another_machine-1-abc", "partial", ".partial-", f"{PARTIAL}x-y", "precious"]
-
-
-@pytest.fixture
-def killed(tmp_path, left_in):
-    "What a process left that was killed while it wrote; and folders that are nobody's leftovers."
-    child = run(KILLED, tmp_path / "set")
-    try:
-        name = child.stdout.readline().strip()
-        assert name.startswith(PARTIAL) and sweep_partial(tmp_path) == [] and left_in(tmp_path) == [name]
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-    for foreign in FOREIGN:
-        (tmp_path / foreign).mkdir()
-    return tmp_path / name
-
-
-def test_what_a_killed_process_left_is_swept_and_a_living_one_is_not(
-    tmp_path, discrete, make_episodes, written, left_in, killed
-):
-    assert killed.exists()
-    written(tmp_path / "set", discrete, make_episodes(discrete, [3]))
-    assert left_in(tmp_path) == sorted(["set", *FOREIGN])
-
-
-def test_foreign_folders_are_never_swept(tmp_path, left_in):
-    for foreign in FOREIGN:
-        (tmp_path / foreign).mkdir()
-    assert sweep_partial(tmp_path) == [] and left_in(tmp_path) == sorted(FOREIGN)
-
-
-# ---------------------------------------------------------------- whole_folder
-
-
-def test_a_folder_appears_whole_and_others_may_read_it(tmp_path, left_in):
-    with whole_folder(tmp_path / "deep" / "final") as folder:
-        (folder / "one").write_text("1")
-        assert folder.parent == tmp_path / "deep" and left_in(tmp_path / "deep") == [folder.name]
-    assert left_in(tmp_path / "deep") == ["final"]
-    assert (tmp_path / "deep" / "final" / "one").read_text() == "1"
-    assert (tmp_path / "deep" / "final").stat().st_mode & 0o777 == 0o755
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("x"), KeyboardInterrupt(), OSError("x")], ids=lambda e: type(e).__name__
-)
-def test_a_folder_whose_block_fails_does_not_appear(tmp_path, left_in, error):
-    with pytest.raises(type(error)):
-        with whole_folder(tmp_path / "final") as folder:
-            (folder / "one").write_text("1")
-            raise error
-    assert left_in(tmp_path) == []
-
-
-def test_a_folder_that_is_there_stays_as_it_is(tmp_path, left_in):
-    (tmp_path / "final").mkdir()
-    with pytest.raises(FileExistsError, match="is there already"):
-        with whole_folder(tmp_path / "final"):
-            pytest.fail("the block ran")
-    with pytest.raises(FileExistsError, match="has appeared meanwhile"):
-        with whole_folder(tmp_path / "late") as folder:
-            (folder / "mine").write_text("1")
-            (tmp_path / "late").mkdir()
-    assert left_in(tmp_path) == ["final", "late"] and left_in(tmp_path / "late") == []
-
-
-@pytest.mark.parametrize("name", ["rename", "chmod"])
-def test_a_folder_on_a_full_disk_does_not_appear(tmp_path, left_in, monkeypatch, name):
-    monkeypatch.setattr(os, name, full)
-    with pytest.raises(OSError, match="No space left"):
-        with whole_folder(tmp_path / "final") as folder:
-            (folder / "one").write_text("1")
-    monkeypatch.undo()
-    assert left_in(tmp_path) == []
-
-
-def test_a_folder_sweeps_what_a_killed_process_left(tmp_path, left_in, killed):
-    with whole_folder(tmp_path / "final"):
-        assert not killed.exists()
-    assert left_in(tmp_path) == sorted(["final", *FOREIGN])
-
-
-# ---------------------------------------------------------------- cached_rows
-
-ROWS = np.arange(12, dtype=np.float32).reshape(6, 2)
-
-
-class Parts:
-    "Rows in two parts; counts how often they are asked for."
-
-    def __init__(self, rows=ROWS):
-        self.rows, self.asked = rows, 0
-
-    def __call__(self):
-        self.asked += 1
-        yield from np.array_split(self.rows, 2)
-
-
-def test_rows_are_computed_once_and_are_the_file_numpy_saves(tmp_path, left_in):
-    path, parts = tmp_path / "deep" / "rows.npy", Parts()
-    for _ in range(2):
-        rows = cached_rows(path, (6, 2), "float32", parts)
-        assert np.array_equal(rows, ROWS) and isinstance(rows, np.memmap) and not rows.flags.writeable
-    np.save(tmp_path / "saved.npy", ROWS)
-    assert path.read_bytes() == (tmp_path / "saved.npy").read_bytes()
-    assert parts.asked == 1 and left_in(path.parent) == ["rows.npy"]
-
-
-def test_rows_keep_every_shape_and_type(tmp_path):
-    for shape, dtype in (((6,), "int64"), ((6, 1, 2, 3), "float16"), ((6, 5), "bool")):
-        rows = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
-        cached = cached_rows(tmp_path / f"{dtype}.npy", shape, dtype, Parts(rows))
-        assert np.array_equal(cached, rows) and cached.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    "there",
-    [
-        lambda path: np.save(path, ROWS[:5]),
-        lambda path: np.save(path, ROWS[:, :1]),
-        lambda path: np.save(path, ROWS.reshape(6, 2, 1)),
-        lambda path: np.save(path, ROWS.astype(np.float64)),
-        lambda path: np.save(path, np.array([[print] * 2] * 6, object)),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"not an array"),
-    ],
-    ids=["fewer rows", "narrower", "another rank", "doubles", "pickled", "empty", "garbage"],
-)
-def test_a_file_that_holds_something_else_is_made_again(tmp_path, left_in, there):
-    path, parts = tmp_path / "rows.npy", Parts()
-    there(path)
-    assert np.array_equal(cached_rows(path, (6, 2), "float32", parts), ROWS)
-    assert parts.asked == 1 and left_in(tmp_path) == ["rows.npy"]
-
-
-@pytest.mark.parametrize("kept", [5, 100, -1])
-def test_a_file_that_was_cut_off_is_made_again(tmp_path, left_in, kept):
-    path, parts = tmp_path / "rows.npy", Parts()
-    np.save(path, ROWS)
-    path.write_bytes(path.read_bytes()[:kept])
-    assert np.array_equal(cached_rows(path, (6, 2), "float32", parts), ROWS)
-    assert parts.asked == 1 and left_in(tmp_path) == ["rows.npy"]
-
-
-class CacheError(ValueError):
-    pass
-
-
-@pytest.mark.parametrize(
-    "where", ["RowFile.append", "RowFile.close", "os.fsync", "os.replace", "start_partial"]
-)
-def test_rows_on_a_full_disk_are_one_sentence_and_leave_nothing(tmp_path, left_in, monkeypatch, where):
-    owner, _, name = where.rpartition(".")
-    monkeypatch.setattr({"RowFile": RowFile, "os": os}.get(owner, module), name, full)
-    sentence = "cannot write .*rows.npy: No space left on device; make room, or keep it in another folder"
-    for error in (DatasetError, CacheError):
-        with pytest.raises(error, match=sentence) as caught:
-            cached_rows(tmp_path / "rows.npy", (6, 2), "float32", Parts(), error)
-        assert "\n" not in str(caught.value) and type(caught.value) is error
-    monkeypatch.undo()
-    assert left_in(tmp_path) == []
-
-
-def test_rows_on_a_full_disk_leave_an_older_file_alone(tmp_path, left_in, monkeypatch):
-    np.save(tmp_path / "rows.npy", ROWS[:3])
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DatasetError, match="make room"):
-        cached_rows(tmp_path / "rows.npy", (6, 2), "float32", Parts())
-    assert np.array_equal(np.load(tmp_path / "rows.npy"), ROWS[:3]) and left_in(tmp_path) == ["rows.npy"]
-
-
-ROWS_LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-import numpy as np
-from worldmodels_nb.data.episodes import DatasetError, cached_rows
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-def parts():
-    for _ in range(50): yield np.zeros((1000, 2), np.float32)
-try: cached_rows(Path(sys.argv[1]), (50_000, 2), "float32", parts)
-except DatasetError as error: print(error)
-"""
-
-
-def test_a_real_limit_of_the_system_while_caching(tmp_path, left_in):
-    out, err = run(ROWS_LIMITED, tmp_path / "rows.npy").communicate(timeout=120)
-    assert "File too large" in out and "make room" in out, err[-500:]
-    assert left_in(tmp_path) == []
-
-
-ROWS_KILLED = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from worldmodels_nb.data.episodes import cached_rows
-def parts():
-    yield np.zeros((3, 2), np.float32)
-    print("half", flush=True)
-    time.sleep(60)
-cached_rows(Path(sys.argv[1]), (6, 2), "float32", parts)
-"""
-
-
-def test_rows_of_a_killed_process_are_swept_and_made_again(tmp_path, left_in):
-    child = run(ROWS_KILLED, tmp_path / "rows.npy")
-    try:
-        assert child.stdout.readline().strip() == "half"
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-    (leftover,) = left_in(tmp_path)
-    assert leftover.startswith(PARTIAL)
-    parts = Parts()
-    assert np.array_equal(cached_rows(tmp_path / "rows.npy", (6, 2), "float32", parts), ROWS)
-    assert parts.asked == 1 and left_in(tmp_path) == ["rows.npy"]
-
-
-@pytest.mark.parametrize("shape", [(5, 2), (7, 2)])
-def test_another_number_of_rows_than_promised_is_refused(tmp_path, left_in, shape):
-    with pytest.raises(DatasetError, match=f"would hold 6 rows, not {shape[0]}"):
-        cached_rows(tmp_path / "rows.npy", shape, "float32", Parts())
-    assert left_in(tmp_path) == []
-
-
-def test_what_computing_the_rows_raises_goes_on_and_leaves_nothing(tmp_path, left_in):
-    def parts():
-        yield ROWS[:3]
-        raise CacheError("not finite")
-
-    with pytest.raises(CacheError, match="not finite"):
-        cached_rows(tmp_path / "rows.npy", (6, 2), "float32", parts)
-    with pytest.raises(DatasetError, match="grows by float32"):
-        cached_rows(tmp_path / "rows.npy", (6, 2), "float32", Parts(ROWS.astype(float)))
-    assert left_in(tmp_path) == []
-
-
-def test_a_partial_folder_is_named_after_its_process(tmp_path):
-    folder = start_partial(tmp_path / "new" / "final")
-    assert folder.parent == tmp_path / "new" and folder.name.startswith(f"{PARTIAL}{os.getpid()}-")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -270,7 +271,7 @@ def test_an_agent_that_does_not_fit_or_is_damaged_is_refused(sb3, agent):
 
 
 def test_a_training_that_fails_leaves_nothing_behind(sb3, agent, tmp_path):
-    broken = agent("Faulty-v0", env__kwargs=dict(faults={0: ("raise", 2)}))
+    broken = agent("Faulty-v0", env__kwargs=dict(faults={"0": ["raise", 2]}))
     with pytest.raises(EnvError, match="out of coal"):
         prepare_agent(broken, progress=False)
     assert not list(tmp_path.iterdir())
@@ -299,3 +300,73 @@ def test_an_agents_record_says_what_it_fits(sb3, agent):
     assert record == dict(
         schema_version=1, policy_type="CnnPolicy", frame_stack=2, frame_shape=[1, 36, 36], action=action
     )
+
+
+def test_a_timeout_is_no_part_of_an_agents_name_and_a_home_is_found(agent, tmp_path, monkeypatch):
+    assert len({agent_folder(agent(env__timeout=seconds)) for seconds in (0.0, 1.0, 60.0)}) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert agent_folder(agent(**of_ppo(load="~/agents/mine"))) == tmp_path / "agents" / "mine"
+    assert agent_folder(agent(data__dir="~/data")).parent == tmp_path / "data" / "agents"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[]",
+        b"\xff\xfe{}",
+        b'{"schema_version": 1}',
+        b'{"schema_version": 1, "policy_type": "CnnPolicy", "frame_stack": 2}',
+        b"[" * 100_000,
+        b'{"schema_version": 1, "frame_stack": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_damaged_record_of_an_agent_is_one_sentence(sb3, agent, data, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "agent.json").write_bytes(data)
+    with pytest.raises(CollectError, match="agent.json.*collect.ppo.load") as caught:
+        got(agent(**of_ppo(load=str(folder))))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_record_that_is_a_folder_is_one_sentence(sb3, agent, tmp_path):
+    (tmp_path / "damaged" / "agent.json").mkdir(parents=True)
+    with pytest.raises(CollectError, match="agent.json"):
+        got(agent(**of_ppo(load=str(tmp_path / "damaged"))))
+
+
+GAME = """
+import os, multiprocessing
+import gymnasium as gym
+from worldmodels_nb.data.tworooms import TwoRoomsEnv
+class Game(TwoRoomsEnv):
+    def __init__(self, fault="", render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.fault, self.t = fault, 0
+    def step(self, action):
+        self.t += 1
+        if self.fault and self.t == 5 and multiprocessing.parent_process():
+            if self.fault == "exit": os._exit(3)
+            if self.fault == "sleep": import time; time.sleep(600)
+            raise RuntimeError("out of coal")
+        return super().step(action)
+gym.register("Game-v0", Game)
+"""
+
+
+@pytest.mark.parametrize("fault", ["", "exit", "sleep", "raise"])
+def test_processes_of_ppo_find_modules_here_and_their_trouble_is_one_error(
+    sb3, agent, fault, tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "game_of_ppo.py").write_text(GAME)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    apart = of_ppo(subprocesses=True, n_envs=1, train_steps=16)
+    fault = dict(env__kwargs=dict(fault=fault), env__timeout=2.0)
+    settings = agent("game_of_ppo:Game-v0", **fault, **apart)
+    if not fault["env__kwargs"]["fault"]:
+        assert (prepare_agent(settings, progress=False) / "agent.json").exists()
+        return
+    with pytest.raises(CollectError, match="process of PPO died.*collect.ppo.subprocesses"):
+        prepare_agent(settings, progress=False)
+    assert not agent_folder(settings).exists()

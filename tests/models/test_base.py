@@ -2,6 +2,8 @@
 import importlib
 import itertools
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -236,3 +238,24 @@ def test_registered_models_have_colours_of_their_own_and_the_stages_they_say(tin
 
 def test_a_model_that_does_not_exist_is_refused():
     with pytest.raises(SettingsError, match="nearest known one is 'jepa'"): model_class("jeppa")
+
+
+ASKED = {
+    "a model": ("[base.fresh_model('encdec', Settings(), data.spec, frames).registered, base.known_stages()]",
+                "['encdec', ('pretrain', 'action')]"),
+    "the stages": ("base.known_stages(), [*base.MODELS]",
+                   "('pretrain', 'action') ['encdec', 'encdec_jepa', 'jepa', 'vjepa2']"),
+    "what there is": ("refusal(lambda: base.model_class('jeepa')).partition('; ')[2], base.build_model("
+                      "'jepa', Settings(), data.spec).registered, base.model_class('vjepa2').color",
+                      "there are encdec, encdec_jepa, jepa, vjepa2; the nearest known one is 'jepa' jepa #7B1E5B"),
+}
+
+
+@pytest.mark.parametrize("code, answer", ASKED.values(), ids=ASKED)
+def test_whoever_asks_by_name_need_not_import_the_chapter(code, answer):
+    asks = ("import torch\nfrom worldmodels_nb.models import base\n"
+            "from worldmodels_nb.data.datasets import sample_dataset\n"
+            "from worldmodels_nb.settings import Settings, refusal\n"
+            f"data = sample_dataset()\nframes = torch.from_numpy(data.frames[:9].copy())\nprint({code})")
+    done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (answer, "")

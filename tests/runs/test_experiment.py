@@ -1,4 +1,5 @@
 "Whole runs: by papermill, after failures and interruptions, again with the same numbers, and extended."
+import copy
 import errno
 import importlib
 import json
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
+from nbclient import NotebookClient
 from run_tools import (
     DROPPY,
     HEADS,
@@ -95,6 +98,42 @@ def test_papermill_refuses_a_misspelt_parameter_before_anything_runs(tmp_path):
     assert done.returncode == 1
     assert ["'prest'" in said and "'preset'" in said for said in errors_in(tmp_path / "run.ipynb")] == [True]
     assert [path.name for path in tmp_path.iterdir()] == ["run.ipynb"]
+
+
+SENTINEL = "every cell has run"
+
+
+def run_twice(name, output, between, **parameters):
+    "Execute a notebook with these parameters, and then all its cells once more in the same kernel."
+    papermill.execute_notebook(str(ROOT / "nbs" / "7_run" / name), None if output is None else str(output),
+                               parameters=parameters, prepare_only=True)
+    book = nbformat.read(output, as_version=4)
+    again = [copy.deepcopy(cell) for cell in book.cells]
+    for cell in again: cell.id += "x"
+    changed = nbformat.v4.new_code_cell(between)
+    first = [k for k, cell in enumerate(again) if "injected-parameters" in cell.metadata.get("tags", [])][0]
+    again.insert(first + 1, changed)
+    book.cells += [*again, nbformat.v4.new_code_cell(f"print({SENTINEL!r})")]
+    NotebookClient(book, timeout=120).execute()
+    return [out.get("text", "") for cell in book.cells if cell.cell_type == "code" for out in cell.outputs]
+
+
+@pytest.mark.parametrize("between", ["", "run = 'another'", "seed = 4; run = 'third'"])
+def test_run_all_a_second_time(between, tmp_path):
+    "The run is shown again, or the edited one is made: nothing in the kernel's memory gets in the way."
+    said = run_twice("70_run_experiment.ipynb", tmp_path / "run.ipynb", between, run="mine", preset="smoke",
+                     models=["jepa"], overrides=SMALL | places(tmp_path))
+    assert SENTINEL in "".join(said)
+    made = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert made == {"mine", *([between.split("'")[1]] if between else [])}
+
+
+@pytest.mark.parametrize("name, given", [
+    ("71_run_report.ipynb", dict(run="mine")), ("72_reward_study.ipynb", {})])
+def test_run_all_a_second_time_in_notebooks_that_read(name, given, tmp_path):
+    if given: run_in(tmp_path)
+    said = run_twice(name, tmp_path / "read.ipynb", "", runs=str(tmp_path / "runs"), **given)
+    assert SENTINEL in "".join(said)
 
 
 # ---------------------------------------------------------------- a full disk

@@ -3,6 +3,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import reprlib
 from pathlib import Path
 
 import nbformat
@@ -23,6 +24,7 @@ from worldmodels_nb.runs.folder import (
     RunFolder,
     check_parameters,
     provenance,
+    read_evaluation,
     read_models,
     read_status,
     resolve,
@@ -120,13 +122,44 @@ def test_every_json_has_a_schema_version(smoke):
         assert json.loads(path.read_text())["schema_version"] == wanted, path
 
 
-@pytest.mark.parametrize("name, read", [("status", read_status), ("models", read_models)])
-def test_a_damaged_or_foreign_record_is_refused_by_name(name, read, tmp_path):
-    path = tmp_path / f"{name}.json"
-    path.write_text('{"schema_version": 1, ')
-    with refused(RunError, str(path)): read(RunFolder(tmp_path))
-    path.write_text('{"schema_version": 99}')
-    with refused(RunError, str(path)): read(RunFolder(tmp_path))
+DAMAGED = {
+    "empty": b"",
+    "not utf-8": b'{"schema_version": 1, "a": "\xff\xfe"}',
+    "cut short": b'{"schema_version": 1, ',
+    "another version": b'{"schema_version": 99}', "a list": b"[1, 2]", "a word": b'"finished"', "null": b"null",
+    "too deep": b"[" * 100_000,
+    "a long number": b'{"schema_version": ' + b"1" * 5_000 + b"}",
+    "not a number": b'{"schema_version": 1, "status": NaN, "models": NaN, "rows": NaN, "frames": NaN}',
+    "missing keys": b'{"schema_version": 1}',
+    "binary": bytes(range(256)),
+    "wrong types": b'{"schema_version": 1, "status": 1, "stages": {}, "models": [], "terms": 0, "rows": 1}'}
+READERS = {"status.json": read_status, "models.json": read_models,
+           "models/jepa/evaluation.json": lambda run: read_evaluation(run, "jepa")}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_or_foreign_record_is_refused_by_name(name, damage, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(DAMAGED[damage])
+    with refused(RunError, str(path)): READERS[name](RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_folder_in_place_of_a_record_is_refused_by_name(name, tmp_path):
+    (tmp_path / name).mkdir(parents=True)
+    with refused(RunError, str(tmp_path / name)): READERS[name](RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize("models", [
+    {"../../etc": {"color": "", "stages": []}}, {"/etc": {"color": "", "stages": []}}, {"a": []}, {"a": {}},
+    {"a": {"color": 1, "stages": []}}, {"a": {"color": "", "stages": ["../x"]}},
+    {".a": {"color": "", "stages": []}},
+    {"a\nb": {"color": "", "stages": []}}, {"": {"color": "", "stages": []}}])
+def test_names_in_a_record_lead_nowhere_else(models, tmp_path):
+    (tmp_path / "models.json").write_text(json.dumps(dict(schema_version=1, models=models, terms={})))
+    with refused(RunError, "models.json", "damaged"): read_models(RunFolder(tmp_path))
 
 
 # ---------------------------------------------------------------- notebook parameters
@@ -150,9 +183,26 @@ def test_wrong_parameters_are_refused(wrong, words):
     with refused((RunError, SettingsError), *words): check_parameters(KNOWN | wrong, known)
 
 
-def test_what_a_kernel_brings_along_is_no_parameter():
-    brought = dict(In=["", "x"], Out={}, _i1="x", _=3, __name__="__main__", Path=Path, json=json, go=go)
-    check_parameters(KNOWN | brought, KNOWN)
+CELL = "\n".join(f"{name}: str = None" for name in KNOWN)
+
+
+@pytest.mark.parametrize("cells", [
+    [], [""], [CELL], [CELL, "# Parameters\nrun = 'mine'\n"], [CELL, "stage = 3", "for model in []: x = 1"],
+    [CELL, "# Parameters\nprest = 'x'\n", CELL, "# Parameters\npreset = 'x'\n"],  # mended, and run again
+    [CELL, "# Parameters\nprest = 'x'\n", CELL], ["%matplotlib inline", "!ls", CELL, "x = ("]])
+def test_what_is_in_memory_is_no_parameter(cells):
+    "Names of an earlier Run All, of other cells, and of the kernel itself."
+    memory = dict(In=cells, Out={}, _i1="x", _=3, __name__="__main__", Path=Path, go=go, stage="train", x=1,
+                  model="jepa", rows=[], prest="x")
+    check_parameters(KNOWN | memory, KNOWN)
+
+
+@pytest.mark.parametrize("cells", [
+    [CELL, "# Parameters\nprest = 'x'\n"], [CELL + "\nprest = 'smoke'"],
+    ["", CELL, "y = 1", "# Parameters\nprest = 1"],
+    [CELL, "# Parameters\nrun = 'a'\n", CELL, "# Parameters\nrun = 'a'\nprest = 2\n"]])
+def test_what_was_injected_or_declared_beside_the_parameters_is_refused(cells):
+    with refused(RunError, "'prest'", "'preset'"): check_parameters(KNOWN | dict(In=cells, prest=1), KNOWN)
 
 
 def checked_parameters(tree):
@@ -198,14 +248,11 @@ def test_parameters_lie_over_the_settings_and_overrides_over_them():
     assert run.model_dump(include={"models", "stages"}) == dict(models=["jepa"], stages=["data"])
 
 
-def test_a_settings_file_with_a_typo_is_refused(tmp_path, monkeypatch):
+def test_a_settings_file_with_a_typo_is_refused(tmp_path):
     text = (ROOT / "settings.ini").read_text(encoding="utf-8")
-    (tmp_path / "nbs").mkdir()
     (tmp_path / "settings.ini").write_text(text.replace("warmup", "wramup", 1), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
     words = ("settings.ini", "'train.wramup'", "'train.warmup'")
-    with refused(SettingsError, *words): go("mine", resolve("smoke"))
-    assert names_in(tmp_path) == ["nbs", "settings.ini"]
+    with refused(SettingsError, *words): load_settings(tmp_path / "settings.ini", "smoke")
 
 
 # ---------------------------------------------------------------- what is refused, and nothing lost
@@ -303,10 +350,11 @@ def test_an_empty_folder_is_good_enough(tmp_path):
     begin("mine", small(tmp_path))
 
 
-NO_FOLDERS = ["", ".", "..", "../x", "a/b", "a\\b", "/x", ".hidden", "two words", "line\n"]
+NO_FOLDERS = ["", ".", "..", "../x", "a/b", "a\\b", "/x", ".hidden", "two words", "line\n", "\ud800",
+              "x" * 300, "é" * 120]
 
 
-@pytest.mark.parametrize("name", [*NO_FOLDERS, 7])  # papermill makes a number of 7
+@pytest.mark.parametrize("name", [*NO_FOLDERS, 7, 1.5, True, None, ["a"]])  # papermill makes a number of 7
 def test_names_that_are_no_folder_are_refused(name, tmp_path):
-    with refused(RunError, "run", repr(name)): begin(name, small(tmp_path / "deep"))
+    with refused(RunError, "run", reprlib.repr(name)): begin(name, small(tmp_path / "deep"))
     assert list(tmp_path.iterdir()) == []

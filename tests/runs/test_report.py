@@ -7,11 +7,12 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 from run_tools import Page, begin, bytes_of, evaluation_of, read_csv, refused, run_in, small
 
 from worldmodels_nb.eval.results import label
-from worldmodels_nb.runs.folder import RunError
+from worldmodels_nb.runs.folder import RunError, read_models
 from worldmodels_nb.runs.report import write_report
 from worldmodels_nb.training.parts import read_result
 
@@ -119,6 +120,63 @@ def test_names_in_a_table_are_escaped(copied):
     page = Page(write_report(copied).read_text(encoding="utf-8"))
     assert not LOADING & {tag for tag, _ in page.tags}
     assert page.text.count(HOSTILE) >= 3
+
+
+@pytest.mark.parametrize("name", ["n", "horizon", "value", "low", "high", "seed"])
+@pytest.mark.parametrize("value", [HOSTILE, [1], {"a": 1}])
+def test_a_number_that_is_none_is_refused(name, value, copied):
+    change_evaluation(copied, lambda found: found["rows"][3].update({name: value}))
+    with refused(RunError, "evaluation.json", "row 3"): write_report(copied)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda rows: rows.append({}), lambda rows: rows.append(3), lambda rows: rows[0].pop("unit"),
+    lambda rows: rows[1].update(model=None), lambda rows: rows[2].update(metric=7)])
+def test_a_row_that_is_none_is_refused(damage, copied):
+    change_evaluation(copied, lambda found: damage(found["rows"]))
+    with refused(RunError, "evaluation.json", "row"): write_report(copied)
+
+
+@pytest.mark.parametrize("metric", ["../../outside", "/tmp/out", "a/b", "x" * 400, "..", "C:\\x", HOSTILE])
+def test_a_metric_is_no_path(metric, copied):
+    def rename(found):
+        for row in found["rows"]:
+            if row["metric"] == "latent": row.update(metric=metric)
+    change_evaluation(copied, rename)
+    around = {path.name for path in copied.parent.iterdir()}
+    before = set(bytes_of(copied))
+    write_report(copied)
+    assert {path.name for path in copied.parent.iterdir()} == around
+    new = set(bytes_of(copied)) - before
+    assert {name.count("/") for name in new} <= {0, 1} and not any(".." in name for name in new)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"x" * 99, bytes(range(256))])
+def test_damaged_pictures_of_an_evaluation_are_refused_by_name(content, copied):
+    (copied / "models" / "jepa" / "evaluation.npz").write_bytes(content)
+    with refused(RunError, "evaluation.npz", "evaluate"): write_report(copied)
+
+
+@pytest.mark.parametrize("arrays", [{}, {"truth": [1, 2]}, {"truth": [[[[[1]]]]]}, {"decoded": [[[[[1]]]]]}])
+def test_missing_or_misshapen_pictures_are_refused_by_name(arrays, copied):
+    np.savez(copied / "models" / "jepa" / "evaluation.npz", **arrays)
+    with refused(RunError, "evaluation.npz", "evaluate"): write_report(copied)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"schema_version": 1, "frames": "many"}', b"\xff"])
+def test_a_damaged_provenance_is_refused_by_name(content, copied):
+    (copied / "provenance.json").write_bytes(content)
+    with refused(RunError, "provenance.json"): write_report(copied)
+    (copied / "provenance.json").unlink()
+    with refused(RunError, "provenance.json"): write_report(copied)
+
+
+def test_the_report_tells_each_stage_with_its_own_steps_and_batches(smoke, page):
+    for model in ("jepa", "vjepa2"):
+        for stage in read_models(smoke.folder)[model]["stages"]:
+            done = read_result(smoke.folder.part(model, stage))
+            said = f"for {done['steps']:,} steps of {done['recipe']['train.batch_size']} windows"
+            assert said in " ".join(page.text.split())
 
 
 def test_reading_a_run_loads_no_model():

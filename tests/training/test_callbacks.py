@@ -3,11 +3,13 @@
 import io
 import json
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from device_tools import ELSEWHERE, Device
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -24,10 +26,20 @@ from worldmodels_nb.training.callbacks import (
     Validation,
     evaluation_mode,
     fixed_parts,
+    generator_states,
     on_host,
     read_metrics,
+    restore_generators,
 )
-from worldmodels_nb.training.fit import Callback, LossTerms, Trainable, TrainingError, fit, weights_hash
+from worldmodels_nb.training.fit import (
+    Callback,
+    History,
+    LossTerms,
+    Trainable,
+    TrainingError,
+    fit,
+    weights_hash,
+)
 from worldmodels_nb.training.parts import Checkpoint, read_state, train
 from worldmodels_nb.viz import curves
 
@@ -444,3 +456,145 @@ def test_zero_makes_no_pictures(tmp_path):
 def test_the_module_exports_what_the_chapter_promises():
     promised = {"Progress", "Metrics", "Validation", "BestWeights", "EarlyStopping", "NaNGuard", "Pictures"}
     assert promised <= set(module.__all__)
+
+
+# one sample, broken data, another device
+
+
+class Spread(Toy):
+    "Beside the loss, what a collapsing model is watched by."
+
+    def loss(self, batch):
+        losses = super().loss(batch)
+        spread = self.net(batch.x).std(0, correction=0).mean()
+        return LossTerms(losses.total, {**losses.terms, "spread": spread.detach()})
+
+
+@pytest.mark.parametrize("windows", [1, 2, 9, 17])
+def test_one_validation_window_or_one_left_over_is_no_reason_to_stop(windows, tmp_path):
+    model = Spread()
+    result = train(model, DATA, Table(windows, seed=1), RECIPE, tmp_path, progress=False)
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "val/spread" in row]
+    assert result["steps"] == 40 and len(rows) == 4
+    assert all(row["val/spread"] == 0 for row in rows) == (windows == 1)
+
+
+@dataclass
+class Parts:
+    "Windows as a dataset has them: bytes, numbers, and what is not there."
+
+    x: Tensor
+    states: Tensor
+    rewards: Tensor
+    latents: Tensor | None = None
+    frames: Tensor | None = None
+
+    def to(self, device):
+        return self
+
+
+class Broken:
+    "Windows of which one, the fourth that is drawn, holds something in one part."
+
+    def __init__(self, part, value, at=3):
+        self.part, self.value, self.at = part, value, at
+
+    def __len__(self):
+        return 64
+
+    def batch(self, indices):
+        n = len(indices)
+        parts = {name: torch.ones(n, 2) for name in ("x", "states", "rewards", "latents")}
+        return Parts(**parts, frames=torch.zeros(n, 3, dtype=torch.uint8))
+
+    def sample(self, batch_size, seed, step):
+        batch = self.batch(np.arange(batch_size))
+        if step == self.at:
+            getattr(batch, self.part)[1] = self.value
+        return batch
+
+
+class All(Trainable):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+
+    def loss(self, batch):
+        parts = (batch.x, batch.states, batch.rewards, batch.latents)
+        total = sum((self.w * t).square().mean() for t in parts)
+        return LossTerms(total, {"all": total.detach()})
+
+
+@pytest.mark.parametrize("part", ["x", "states", "rewards", "latents"])
+@pytest.mark.parametrize(
+    "value, named", [(math.nan, "NaN"), (math.inf, "infinite numbers"), (-math.inf, "infinite numbers")]
+)
+def test_broken_data_are_named_and_no_rate_is_blamed(part, value, named, tmp_path):
+    with pytest.raises(TrainingError) as caught:
+        train(All(), Broken(part, value), Broken(part, 1.0), RECIPE, tmp_path, progress=False)
+    said = str(caught.value)
+    assert f"the data hold {named} in {part}," in said and said.startswith("step 4: all")
+    assert "learning_rate" not in said and "\n" not in said
+
+
+@pytest.mark.parametrize("part", ["states", "rewards", "latents"])
+def test_broken_validation_data_are_named(part, tmp_path):
+    others = Broken(part, 1.0)
+    batch = others.batch
+
+    def broken(indices):
+        found = batch(indices)
+        getattr(found, part)[0] = math.nan
+        return found
+
+    others.batch = broken
+    with pytest.raises(TrainingError, match=f"step 10: .*the validation data hold NaN in {part}"):
+        train(All(), Broken(part, 1.0), others, RECIPE, tmp_path, progress=False)
+
+
+def test_finite_data_are_not_blamed():
+    with pytest.raises(TrainingError) as caught:
+        fit(Breaks("gradient"), sample, RECIPE, [NaNGuard()])
+    assert "the data hold" not in str(caught.value) and "learning_rate" in str(caught.value)
+
+
+class Constant(Toy):
+    "A term that does not depend on the model, and was made where tensors are made: on the CPU."
+
+    def loss(self, batch):
+        losses = super().loss(batch)
+        return LossTerms(losses.total, {"fixed": torch.tensor(0.25), **losses.terms})
+
+
+def test_a_training_on_another_device_is_the_same_but_for_rounding(tmp_path):
+    torch.set_num_threads(1)
+    here = train(Constant(), DATA, OTHERS, RECIPE, tmp_path / "here", progress=False)
+    with Device(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*copying from a non-meta parameter")
+        watching = [History(), Progress(file=io.StringIO())]
+        more = dict(device=ELSEWHERE, progress=False, callbacks=watching)
+        there = train(Constant(), DATA, OTHERS, RECIPE, tmp_path / "there", **more)
+    assert there["best_step"] == here["best_step"] and len(watching[0]["fixed"]) == 40
+    for a, b in zip(*(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("here", "there"))):
+        a, b = a | {"seconds": 0}, b | {"seconds": 0}
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_each_device_keeps_its_generators(monkeypatch):
+    class Module:
+        states = {0: torch.zeros(16, dtype=torch.uint8), 1: torch.ones(16, dtype=torch.uint8)}
+
+        def get_rng_state(self, device=None):
+            return self.states[device.index if device else 0]
+
+        def set_rng_state(self, state, device=None):
+            self.states = {**self.states, device.index if device else 0: state}
+
+    for name, index in (("cuda:1", 1), ("mps:0", 0), ("cuda:0", 0)):
+        device, own = torch.device(name), Module()
+        monkeypatch.setattr(torch, "get_device_module", lambda device, own=own: own)
+        states = generator_states(device)
+        assert states[device.type] is Module.states[index] and "cpu" in states
+        restore_generators({**states, device.type: torch.full((16,), 7, dtype=torch.uint8)}, device)
+        assert own.states[index][0] == 7 and own.states[1 - index] is Module.states[1 - index]
+        restore_generators({"cpu": states["cpu"]}, device)

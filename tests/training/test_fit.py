@@ -315,6 +315,18 @@ def test_epochs_become_steps(epochs, windows, batch, steps):
     assert (counted.steps, counted.epochs) == (steps, None)
 
 
+@pytest.mark.parametrize("epochs, windows", [(1e300, 10), (1e308, 10**6), (1e9, 10**6)])
+def test_more_epochs_than_time_are_refused(epochs, windows):
+    with pytest.raises(TrainingError, match="lower train.epochs"):
+        in_steps(TrainingSettings(batch_size=8).model_copy(update={"epochs": epochs}), windows)
+
+
+@pytest.mark.parametrize("recipe", [dict(), dict(bf16=True), dict(grad_clip=0.0), dict(schedule="constant")])
+def test_a_device_without_numbers_is_trained_on_too(recipe):
+    run = fit(toy(), sample, TrainingSettings(steps=3, **recipe), [NaNGuard()], device="meta")
+    assert run.step == 3 and run.grad_norm.is_meta and all(p.is_meta for p in run.model.parameters())
+
+
 def test_without_epochs_the_steps_stand():
     recipe = TrainingSettings(steps=77)
     assert in_steps(recipe, 10) is recipe

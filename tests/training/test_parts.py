@@ -522,6 +522,27 @@ def test_a_result_that_cannot_be_read_is_refused(tmp_path, content):
         read_result(tmp_path)
 
 
+@pytest.mark.parametrize("again", [dict(epochs=3.0), dict(epochs=2.9), dict(epochs=None, steps=24)])  # 23.2 are 24
+def test_passes_that_are_as_many_steps_go_on_with_one_another(tmp_path, again):
+    passes = FORTY.model_copy(update=dict(epochs=3.0, checkpoint_every=7))
+    whole = ours(Small(), tmp_path / "whole", passes)
+    with pytest.raises(Crash):
+        ours(Small(), tmp_path / "cut", passes, callbacks=[At(16, crash)])
+    result = ours(Small(), tmp_path / "cut", passes.model_copy(update=again))
+    assert result["weights"] == whole["weights"] and result["steps"] == 24
+
+
+def crash(run):
+    raise Crash
+
+
+@pytest.mark.parametrize("again", [dict(epochs=4.0), dict(epochs=None, steps=23), dict(epochs=2.0)])
+def test_passes_that_are_other_steps_are_refused(tmp_path, again):
+    ours(Small(), tmp_path, FORTY.model_copy(update={"epochs": 3.0}))
+    with pytest.raises(TrainingError, match="train.steps = 24, and now it is"):
+        ours(Small(), tmp_path, FORTY.model_copy(update=again))
+
+
 def test_the_module_exports_what_the_chapter_promises():
     promised = {
         "Checkpoint",

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from worldmodels_nb.settings import TrainingSettings
+from worldmodels_nb.settings import TrainingSettings, read_json_lines
 from worldmodels_nb.training import tracking as module
 from worldmodels_nb.training.callbacks import Pictures, read_metrics
 from worldmodels_nb.training.fit import Callback, LossTerms, Trainable, weights_hash
@@ -388,7 +388,7 @@ def test_an_offline_run_holds_settings_metrics_and_a_picture(tmp_path, heard, wa
     assert log.parent.name.startswith("offline-run-")
     found = records(log)
     run = next(record["run"] for record in found if record["type"] == "run")
-    name = read_metrics(tmp_path / "tracking.jsonl")[0]["name"]
+    name = read_json_lines(tmp_path / "tracking.jsonl")[0]["name"]
     assert (run["project"], run["display_name"], run["config"]["update"]["training"]) == (
         "p",
         name,
@@ -744,3 +744,53 @@ def test_what_was_tracked_offline_can_be_uploaded_later(tmp_path, heard, service
     )
     ((id, run),) = service.runs.items()
     assert [row["toy/step"] for row in service.rows(id)] == STEPS and heard() == []
+
+
+# whatever fails, the run goes on
+
+
+class Fails(Tracker):
+    def __init__(self, error):
+        self.error = error
+
+    def metrics(self, step, values, prefix):
+        raise self.error
+
+
+ERRORS = [SystemExit(3), KeyboardInterrupt(), MemoryError(), OSError(28, "No space left"), ValueError("a\nb")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("strict", [False, True])
+def test_no_failure_of_a_tracker_stops_a_training_or_hides_another(tmp_path, heard, capfd, error, strict):
+    tracker = ThreadedTracker(Fails(error))
+    with warnings.catch_warnings():
+        if strict:  # as under python -W error
+            warnings.simplefilter("error", TrackingWarning)
+        ours(tmp_path, tracker)
+        tracker.finish()
+    assert [row["step"] for row in read_metrics(tmp_path / "part" / "metrics.jsonl")] == STEPS
+    said = [capfd.readouterr().err.strip()] if strict else heard()
+    assert len(said) == 1 and f"({type(error).__name__}" in said[0] and "\n" not in said[0]
+
+
+JOURNALS = {
+    "empty id": b'{"schema_version": 1, "id": 5, "name": "exp"}\n',
+    "no name": b'{"schema_version": 1, "id": "a"}\n',
+    "version true": b'{"schema_version": true, "id": "a", "name": "exp"}\n',
+    "a list": b"[1]\n",
+    "not utf-8": b'{"schema_version": 1, "id": "\xff", "name": "exp"}\n',
+    "no step": b'{"schema_version": 1, "id": "a", "name": "exp"}\n{"part": "toy"}\n',
+    "step a word": b'{"schema_version": 1, "id": "a", "name": "exp"}\n{"part": "toy", "step": "3"}\n',
+    "5,000 digits": b'{"schema_version": ' + b"1" * 5000 + b"}\n",
+}
+
+
+@pytest.mark.parametrize("kind", JOURNALS)
+def test_a_damaged_journal_is_named_and_says_what_to_do(tmp_path, kind):
+    path = tmp_path / "tracking.jsonl"
+    path.write_bytes(JOURNALS[kind])
+    with pytest.raises(ValueError) as caught:
+        Journal(path, "exp")
+    said = str(caught.value)
+    assert str(path) in said and "delete it to track this run under a new name" in said and "\n" not in said

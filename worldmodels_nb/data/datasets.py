@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'Dataset', 'open_dataset', 'verify', 'dataset_settings', 'dataset_name', 'write_dataset', 'make_dataset',
-           'sample_dataset', 'make_sample', 'Batch', 'Windows']
+           'sample_dataset', 'make_sample', 'Batch', 'NoWindows', 'Windows']
 
 # %% ../../nbs/0_data/08_datasets.ipynb #e616ed4f
-import json, os, re, shutil
-from dataclasses import dataclass
+import json, os, re, warnings
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import Tensor
-from .collect import gather
+from .collect import gather, is_reproducible
 from .envs import FrameEnv
-from .episodes import RECORD, SCHEMA, DataSpec, DatasetError, Episode, EpisodeWriter
-from .episodes import _json_hash, content_hash, file_hash, start_partial
+from .episodes import RECORD, DataSpec, DatasetError, Episode, EpisodeWriter
+from .episodes import _AGAIN, _json_hash, _tally, content_hash, file_hash, find_unsound
+from .episodes import map_arrays, read_record
+from .files import disk_errors, partial_folder
 from .ppo import agent_folder
-from ..settings import Settings, make_settings, read_json, repo_root
+from ..settings import Settings, expand, make_settings, one_line, shipped
 
 # %% ../../nbs/0_data/08_datasets.ipynb #a7e38210
 class Dataset:
@@ -59,57 +61,57 @@ def episode(
     return Episode(self.frames[rows], self.actions[acts], self.rewards[acts],
                    bool(self.terminated[acts][-1]), states, i)
 
-# %% ../../nbs/0_data/08_datasets.ipynb #fa7dbb81
-_AGAIN = "delete the folder to have it made again"
-
-def _read_record(folder: Path) -> dict:
-    if not (folder / RECORD).is_file():
-        raise DatasetError(f"{folder} is not a dataset: it has no {RECORD}; "
-                           "check the path (data.path, if it is set there)")
-    try: return read_json(folder / RECORD, SCHEMA, f"use the version that wrote it, or {_AGAIN}")
-    except ValueError as error: raise DatasetError(str(error)) from None
-
-def _open_array(path: Path, size: int, types: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    if not path.is_file(): raise DatasetError(f"{path} is missing; {_AGAIN}")
-    if (there := path.stat().st_size) != size:
-        raise DatasetError(f"{path} has {there} bytes and should have {size}: "
-                           f"it was cut off or changed; {_AGAIN}")
-    try: array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error: raise DatasetError(f"{path} is not a plain array: {error}") from None
-    if array.dtype.name not in types or array.shape[1:] != shape:
-        raise DatasetError(f"{path} holds rows {array.dtype} {array.shape[1:]}, "
-                           f"and its record promises {' or '.join(types)} {shape}")
-    return array
-
 # %% ../../nbs/0_data/08_datasets.ipynb #41fb55c5
-def _absolute(path: str | Path) -> Path: return Path(path) if Path(path).is_absolute() else repo_root() / path
+def _place(dataset: Dataset, row: int) -> str:
+    episode = int(np.searchsorted(dataset.starts, row, side="right")) - 1
+    return f"row {row} (step {row - dataset.starts[episode]} of episode {episode})"
 
-def _open_arrays(folder: Path, record: dict) -> dict[str, np.ndarray]:
-    layout = DataSpec.from_record(record["spec"]).layout()
-    return {name: _open_array(folder / f"{name}.npy", record["files"][name]["bytes"], *row)
-            for name, row in layout.items()}
+def _refuse_unfit(dataset: Dataset, arrays: dict[str, np.ndarray]) -> None:
+    "Raises `DatasetError` if the rows do not fit together, or a number among them is not sound."
+    there, folder = _tally(dataset.lengths.tolist()), dataset.folder
+    unfit = [name for name, array in arrays.items() if name != "lengths" and len(array) != there["frames"]]
+    if unfit or dataset.lengths.min() < 1:
+        raise DatasetError(f"{folder}: {', '.join(unfit) or 'lengths'} do not fit together; {_AGAIN}")
+    if there != dataset.info["counts"]:
+        raise DatasetError(f"{folder / RECORD} counts {dataset.info['counts']}, not {there}; {_AGAIN}")
+    if found := find_unsound(arrays, dataset.spec.action):
+        what, name, row = found
+        raise DatasetError(f"the data hold {what}: {folder / name}.npy, {_place(dataset, row)}; "
+                           "mend what it was made from, and make the dataset anew")
 
 # %% ../../nbs/0_data/08_datasets.ipynb #e6a45ea3
 def open_dataset(
-    folder: str | Path,  # absolute, or relative to the repository root
+    folder: str | Path,  # absolute, from ~, or relative to the repository root
 ) -> Dataset:
-    "Open a dataset after checking its record and the sizes of its files. Raises `DatasetError`."
-    folder = _absolute(folder)
-    record = _read_record(folder)
+    "Open a dataset after checking its record, its files and its small arrays. Raises `DatasetError`."
+    folder = expand(folder)
+    record = read_record(folder)
     try:
-        arrays = _open_arrays(folder, record)
+        arrays = map_arrays(folder, record)
         dataset = Dataset(folder, record, arrays)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{folder / RECORD} is damaged at {error}; {_AGAIN}") from None
-    n = int((dataset.lengths + 1).sum())
-    unfit = [name for name, array in arrays.items() if name != "lengths" and len(array) != n]
-    if unfit or dataset.lengths.min(initial=1) < 1:
-        raise DatasetError(f"{folder}: {', '.join(unfit) or 'lengths'} do not fit together; {_AGAIN}")
+        _refuse_unfit(dataset, arrays)
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be read: {one_line(error)}; see that it may be") from None
     return dataset
+
+# %% ../../nbs/0_data/08_datasets.ipynb #0f0f7116
+def _refuse_untrue(dataset: Dataset) -> None:
+    "Raises `DatasetError` for actions out of bounds, and for an episode that goes on after its end."
+    action, last = dataset.spec.action, dataset.starts + dataset.lengths  # (E,) rows without an action
+    goes_on, out = np.array(dataset.terminated), np.zeros(len(dataset.frames), bool)  # (n,) each
+    goes_on[last - 1] = False
+    if action.kind == "continuous":
+        out = (np.clip(dataset.actions, *np.float32([action.low, action.high])) != dataset.actions).any(1)
+        out[last] = False
+    for name, wrong, why in (("terminated", goes_on, "an episode ends, and goes on"),
+                             ("actions", out, "the action is out of the record's bounds")):
+        if wrong.any():
+            where = _place(dataset, int(np.argmax(wrong)))
+            raise DatasetError(f"{dataset.folder / name}.npy: {why} at {where}; {_AGAIN}")
 
 # %% ../../nbs/0_data/08_datasets.ipynb #2723f8c3
 def verify(
-    folder: str | Path,  # absolute, or relative to the repository root
+    folder: str | Path,  # absolute, from ~, or relative to the repository root
 ) -> Dataset:
     "Open a dataset after reading every byte of it. Raises a `DatasetError` that names what was altered."
     dataset = open_dataset(folder)
@@ -119,6 +121,7 @@ def verify(
             raise DatasetError(f"{path} was altered: its hash is not the recorded one")
     if content_hash(dataset.info) != dataset.hash:
         raise DatasetError(f"{dataset.folder / RECORD} was altered: its content hash is not the recorded one")
+    _refuse_untrue(dataset)
     return dataset
 
 # %% ../../nbs/0_data/08_datasets.ipynb #a91cb88b
@@ -127,8 +130,8 @@ def dataset_settings(
 ) -> dict[str, dict]:    # {section: {key: value}}
     "The settings that decide what is in a dataset: two that agree in these share one."
     collect, ppo = settings.collect, settings.collect.ppo
-    which = dict(env=settings.env.model_dump(), collect=collect.model_dump(exclude={"workers", "ppo"}),
-                 run=dict(seed=settings.run.seed))
+    which = dict(env=settings.env.model_dump(exclude={"timeout"}), run=dict(seed=settings.run.seed),
+                 collect=collect.model_dump(exclude={"workers", "ppo"}))
     if collect.policy == "ppo":
         own = ppo.model_dump(exclude={"subprocesses"})
         weights = agent_folder(settings) / "weights.safetensors"
@@ -146,6 +149,13 @@ def dataset_name(
     return f"{environment}-{settings.collect.policy}-{settings.collect.episodes}-{which}"
 
 # %% ../../nbs/0_data/08_datasets.ipynb #445f5806
+def _judged(settings: Settings) -> bool:
+    "Whether the same settings give the same data; warns if they do not."
+    if same := is_reproducible(settings): return same
+    warnings.warn(f"{settings.env.id} gives other episodes for the same seed, so this dataset cannot be made "
+                  "again; its record says reproducible = false", stacklevel=3)
+    return same
+
 def write_dataset(
     settings: Settings,      # what to gather
     folder: str | Path,      # where to put it; must not exist
@@ -155,7 +165,8 @@ def write_dataset(
     env = FrameEnv(settings.env)
     spec = DataSpec(tuple(env.frame_shape), env.action, env.state_names, env.position)
     env.close()
-    with EpisodeWriter(folder, spec, dataset_settings(settings)) as writer:
+    marks = dict(first_action=env.first_action, reproducible=_judged(settings))
+    with EpisodeWriter(folder, spec, dataset_settings(settings), **marks) as writer:
         for episode in gather(settings, progress): writer.add(episode)
     return open_dataset(folder)
 
@@ -164,7 +175,7 @@ def _refuse_other(dataset: Dataset, settings: Settings) -> None:
     "Raises `DatasetError` if a given dataset is of another environment, or has other frames."
     name = f"dataset {dataset.folder.name} (data.path)"
     for key, value in dataset.info["settings"].get("env", {}).items():
-        if (wanted := settings.env.model_dump().get(key)) != value:
+        if key != "timeout" and (wanted := settings.env.model_dump().get(key)) != value:
             raise DatasetError(f"{name} was made with env.{key} = {json.dumps(value)}, and the settings say "
                                f"{json.dumps(wanted)}; change env.{key}, or set data.path to null")
     frame = (3 if settings.env.color == "rgb" else 1, settings.env.size, settings.env.size)
@@ -185,8 +196,8 @@ def make_dataset(
 ) -> Dataset:               # its `origin` says how it came: given, reused or made
     "The dataset these settings ask for: named by data.path, made earlier, or new. Raises `DatasetError`."
     if settings.data.path is not None: return _given(settings)
-    folder = _absolute(settings.data.dir) / dataset_name(settings)
-    origin = "reused" if folder.exists() else "made"
+    folder = expand(settings.data.dir) / dataset_name(settings)
+    with disk_errors(folder): origin = "reused" if folder.exists() else "made"
     if origin == "made":
         try: write_dataset(settings, folder, progress)
         except FileExistsError: origin = "reused"  # another process has finished the same one meanwhile
@@ -200,21 +211,19 @@ def make_dataset(
 SAMPLE = "data/sample/tworooms"  # relative to the repository root
 
 def sample_dataset() -> Dataset:
-    "The few episodes of Two Rooms that come with the repository."
-    return open_dataset(SAMPLE)
+    "The few episodes of Two Rooms that come with the project."
+    return open_dataset(shipped(SAMPLE))
 
 def make_sample(
     folder: str | Path = SAMPLE,  # what to make or replace; absolute, or relative to the repository root
 ) -> Dataset:
     "Make the sample anew; the bytes come out the same."
-    folder = _absolute(folder)
+    folder = expand(folder)
     settings = make_settings({"collect": {"episodes": 8, "steps": 11}, "run": {"seed": 16}})
-    temporary = start_partial(folder)
-    try:
+    with disk_errors(folder), partial_folder(folder) as temporary:
         write_dataset(settings, temporary / "new", progress=False)
         if folder.exists(): os.rename(folder, temporary / "old")
         os.rename(temporary / "new", folder)
-    finally: shutil.rmtree(temporary, ignore_errors=True)
     return open_dataset(folder)
 
 # %% ../../nbs/0_data/08_datasets.ipynb #e6ada0f6
@@ -260,18 +269,21 @@ class Batch:
         device: str | torch.device,  # where the model is
     ) -> "Batch":
         "The same batch on a device."
-        def _moved(part): return None if part is None else part.to(device, non_blocking=True)
-        return Batch(**{name: _moved(part) for name, part in vars(self).items()})
+        parts = {f.name: part for f in fields(self) if (part := getattr(self, f.name)) is not None}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
 # %% ../../nbs/0_data/08_datasets.ipynb #c27e92f4
-def _counts(dataset: Dataset, episodes: np.ndarray, steps: int) -> np.ndarray:
-    "How many windows each of these episodes has (E',). Raises `DatasetError` if it is none in all."
+class NoWindows(DatasetError):
+    "Episodes none of which is long enough for a window, in one sentence that names both settings."
+
+def _counts(dataset: Dataset, episodes: np.ndarray, steps: int, knob: str) -> np.ndarray:
+    "How many windows each of these episodes has (E',). Raises `NoWindows` if it is none in all."
     lengths = dataset.lengths[episodes]
     counts = np.maximum(lengths + 1 - steps, 0)
     if not counts.sum():
-        raise DatasetError(f"no window fits: train.window_steps is {steps} steps, and the longest of "
-                           f"{len(lengths)} episodes has {lengths.max(initial=0)}; "
-                           "lower train.window_steps or raise collect.steps")
+        raise NoWindows(f"no window fits: {knob} is {steps} steps, and {(counts < 1).sum()} of {len(counts)} "
+                        f"episodes are too short: the longest has {lengths.max(initial=0)}; "
+                        f"lower {knob} or raise collect.steps")
     return counts
 
 # %% ../../nbs/0_data/08_datasets.ipynb #b5b1a6af
@@ -285,11 +297,12 @@ class Windows:
         frame_stack: int = 1,               # F ≥ 1: F-1 frames of context stand before the window's first
         latents: np.ndarray | None = None,  # (n, N, D): one row per frame of the whole dataset
         frames: bool = True,                # False: latents in place of frames, which are then not read
+        knob: str = "train.window_steps",   # the setting that T comes from, for the error
     ):
         if latents is not None and len(latents) != len(dataset.frames):
             raise DatasetError(f"there are {len(latents)} latents for the {len(dataset.frames)} frames of "
                                f"{dataset.folder.name}; encode this dataset anew")
-        count = _counts(dataset, episodes, steps)                        # (E',) windows in each
+        count = _counts(dataset, episodes, steps, knob)                  # (E',) windows in each
         earlier = np.repeat(np.cumsum(count) - count, count)             # (windows,) in the episodes before
         self.dataset, self.steps, self.latents, self.frames = dataset, steps, latents, frames
         self.first = np.repeat(dataset.starts[episodes], count)          # (windows,) first row of the episode

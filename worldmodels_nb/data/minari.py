@@ -6,16 +6,22 @@
 __all__ = ['to_minari', 'from_minari']
 
 # %% ../../nbs/0_data/09_minari.ipynb #e616ed4f
-import copy, json
+import copy, os, sys, warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 import gymnasium as gym
 import numpy as np
-from .datasets import Dataset, _absolute, open_dataset
-from .envs import ActionSpec, action_spec, to_frames
-from .episodes import DataSpec, DatasetError, Episode, EpisodeWriter
-from .episodes import disk_errors, whole_folder
+from .datasets import Dataset, open_dataset
+from .envs import ActionSpec, action_spec
+from .episodes import DataSpec, DatasetError, Episode, EpisodeWriter, _faulty_part
+from .files import disk_errors, whole_folder
+from .pictures import PictureError, as_bytes, channels_last, to_frames, white_of
+from .pictures import without_alpha
+from .tworooms import EnvError
+from ..settings import FileError, expand, one_line, parse_json, read_json, shorten
 
 # %% ../../nbs/0_data/09_minari.ipynb #fbde94b1
 def _minari_storage() -> type:
@@ -27,85 +33,144 @@ def _minari_storage() -> type:
     return MinariStorage
 
 # %% ../../nbs/0_data/09_minari.ipynb #f17612fc
-def _action_space(action: ActionSpec) -> gym.Space:
-    if action.kind == "discrete": return gym.spaces.Discrete(action.n)
+def _action_space(action: ActionSpec, first: int) -> gym.Space:
+    if action.kind == "discrete": return gym.spaces.Discrete(action.n, start=first)
     return gym.spaces.Box(np.float32(action.low), np.float32(action.high), dtype=np.float32)
 
-def _env_spec(env: dict) -> "gym.envs.registration.EnvSpec | None":
-    spec = copy.deepcopy(gym.registry.get(env.get("id")))  # so that Minari's users can make it again
-    if spec is not None: spec.kwargs.update(env["kwargs"])
-    return spec
-
-def _minari_buffers(dataset: Dataset) -> Iterator:
+def _minari_buffers(dataset: Dataset, first: int) -> Iterator:
     from minari.data_collector import EpisodeBuffer
     for e in map(dataset.episode, range(len(dataset))):
         images, infos = np.moveaxis(e.frames, 1, -1), None if e.states is None else {"state": e.states}
         last = np.arange(len(e.actions)) == len(e.actions) - 1                       # (L,)
-        yield EpisodeBuffer(observations=images, actions=e.actions, rewards=e.rewards, infos=infos,
+        actions = e.actions + first if dataset.spec.action.kind == "discrete" else e.actions
+        yield EpisodeBuffer(observations=images, actions=actions, rewards=e.rewards, infos=infos,
                             terminations=last & e.terminated, truncations=last & (not e.terminated))
 
+# %% ../../nbs/0_data/09_minari.ipynb #61e900f2
+def _import_path(maker: object) -> str:
+    "Where a class or function can be imported from. Raises `ValueError` if nowhere."
+    if isinstance(maker, str): return maker
+    module, name = getattr(maker, "__module__", ""), getattr(maker, "__qualname__", "")
+    try: found = attrgetter(name)(sys.modules[module])
+    except (KeyError, AttributeError): found = None
+    if module == "__main__" or found is not maker:
+        raise ValueError(f"its maker {shorten(maker)} has no module it could be imported from")
+    return f"{module}:{name}"
+
+def _env_spec(env: dict) -> "gym.envs.registration.EnvSpec | None":
+    "The environment for the export; None, and a warning, where it cannot be named."
+    if "id" not in env: return None
+    try:
+        name = env["id"].rpartition(":")[2]
+        if name not in gym.registry: raise ValueError("it is not registered here; import its module first")
+        spec = copy.deepcopy(gym.registry[name])
+        spec.kwargs.update(env.get("kwargs", {}))
+        spec.entry_point = _import_path(spec.entry_point)
+        if spec.vector_entry_point: spec.vector_entry_point = _import_path(spec.vector_entry_point)
+        spec.to_json()
+        return spec
+    except Exception as error:  # its arguments may be anything
+        warnings.warn(f"the export does not say how to make {shorten(env['id'])}: {one_line(error)}",
+                      stacklevel=3)
+
 # %% ../../nbs/0_data/09_minari.ipynb #ddc1e582
+@contextmanager
+def _h5py_errors() -> Iterator[None]:
+    try: yield
+    except RuntimeError as error: raise OSError(one_line(error)) from None  # a full disk, to h5py
+
 def to_minari(
     dataset: Dataset,    # what to export
     folder: str | Path,  # a Minari dataset folder; must not exist
 ) -> Path:               # the folder
     "Export as a Minari dataset (HDF5, lossless). Raises `DatasetError`, and `FileExistsError`."
-    folder, storage = Path(folder), _minari_storage()
+    folder, storage = Path(os.path.expanduser(folder)), _minari_storage()
+    first = dataset.info.get("first_action", 0)
     C, h, w = dataset.spec.frame_shape
-    images, actions = gym.spaces.Box(0, 255, (h, w, C), np.uint8), _action_space(dataset.spec.action)
+    images, actions = gym.spaces.Box(0, 255, (h, w, C), np.uint8), _action_space(dataset.spec.action, first)
     env = _env_spec(dataset.info["settings"].get("env", {}))
     about = dict(dataset_id=f"{folder.name}-v0", minari_version=version("minari"),
                  worldmodels_nb=dataset.info)
-    with disk_errors(folder), whole_folder(folder) as temporary:
+    room = disk_errors(folder, "name a folder on another disk")
+    with room, whole_folder(folder) as temporary, _h5py_errors():
         made = storage.new(temporary, images, actions, env, "hdf5", jpeg_encoding=False)
         made.update_metadata(about)
-        made.update_episodes(_minari_buffers(dataset))
+        made.update_episodes(_minari_buffers(dataset, first))
     return folder
 
 # %% ../../nbs/0_data/09_minari.ipynb #928920c2
 def _minari_metadata(source: Path) -> dict:
-    try: metadata = json.loads((source / "metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DatasetError(f"{source} is not a Minari dataset: it has no readable metadata.json; "
-                           "name the folder that holds it (often called data)") from None
-    if not {"observation_space", "action_space"} <= metadata.keys():
+    find = "name the folder that holds it (often called data)"
+    try: metadata = read_json(source / "metadata.json", None, find)
+    except FileError as error: raise DatasetError(f"{source} is not a Minari dataset: {error}") from None
+    if metadata is None:
+        raise DatasetError(f"{source} is not a Minari dataset: it has no metadata.json; {find}")
+    if not all(isinstance(metadata.get(key), str) for key in ("observation_space", "action_space")):
         raise DatasetError(f"{source} declares no observation and action space, and Minari would start its "
                            "environment to find out; it is not opened")
+    odd = [path.name for path in source.rglob("*") if not (path.is_file() or path.is_dir())]
+    if odd: raise DatasetError(f"{source} holds {shorten(odd[0])}, which is no file; remove it")
     return metadata
 
-# %% ../../nbs/0_data/09_minari.ipynb #ae015479
-def _minari_episodes(storage, spec: DataSpec) -> Iterator[Episode]:
-    C, size, _ = spec.frame_shape
-    start = int(getattr(storage.action_space, "start", 0))                           # of discrete actions
-    for i, episode in enumerate(storage.get_episodes(range(storage.total_episodes))):
-        images, actions = np.asarray(episode["observations"]), np.asarray(episode["actions"])
-        frames = to_frames(images if images.ndim == 4 else images[..., None], size, C == 1)  # (L+1, C, h, w)
-        actions = actions - start if spec.action.kind == "discrete" else actions
-        states = np.asarray(episode["infos"]["state"]) if spec.state_names else None
-        rewards = np.asarray(episode["rewards"], np.float32)
-        yield Episode(frames, actions.astype(spec.action.zeros(0).dtype), rewards,
-                      bool(episode["terminations"][-1]), states, i)
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    "Whatever Minari and h5py stumble over becomes a `DatasetError`."
+    try: yield
+    except DatasetError: raise
+    except Exception as error:
+        raise DatasetError(f"{source} cannot be read as a Minari dataset ({type(error).__name__}: "
+                           f"{one_line(error)}); fetch or export it anew") from None
 
-def _image_side(storage, name: str) -> int:
+# %% ../../nbs/0_data/09_minari.ipynb #ae015479
+def _minari_frames(images: np.ndarray, space: gym.Space, size: int, grey: bool) -> np.ndarray:
+    "Frames uint8 (L+1, C, size, size). Raises `PictureError` for what the space does not promise."
+    if images.shape[1:] != space.shape:
+        raise PictureError(f"pictures {images.shape[1:]}, where {space.shape} were promised")
+    pictures, _ = as_bytes(channels_last(images, images.shape[:1]), white_of(space))
+    return to_frames(without_alpha(pictures), size, grey)
+
+def _minari_episode(episode: dict, spec: DataSpec, space: gym.Space, first: int, i: int) -> Episode:
+    C, size, _ = spec.frame_shape
+    frames = _minari_frames(np.asarray(episode["observations"]), space, size, C == 1)  # (L+1, C, h, w)
+    actions = np.asarray(episode["actions"]) - (first if spec.action.kind == "discrete" else 0)
+    actions, rewards = actions.astype(spec.action.zeros(0).dtype), np.asarray(episode["rewards"], np.float32)
+    states = np.asarray(episode["infos"]["state"]) if spec.state_names else None
+    return Episode(frames, actions, rewards, bool(np.any(episode["terminations"][-1:])), states, i)
+
+def _minari_episodes(source: Path, storage, spec: DataSpec, first: int) -> Iterator[Episode]:
+    with _reading(source):
+        for i, episode in enumerate(storage.get_episodes(range(storage.total_episodes))):
+            yield _minari_episode(episode, spec, storage.observation_space, first, i)
+
+# %% ../../nbs/0_data/09_minari.ipynb #908b8913
+def _image_side(space: gym.Space, name: str) -> int:
     "Height of the images, px. Raises `DatasetError` if the observations are something else."
-    space = storage.observation_space
-    images = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8
-    if not (images and (len(space.shape) == 2 or len(space.shape) == 3 and space.shape[-1] in (1, 3))):
-        raise DatasetError(f"the observations of {name} are {space}, "
-                           "not uint8 images (h, w) or (h, w, 1 or 3)")
-    return space.shape[0]
+    if not white_of(space):
+        raise DatasetError(f"the observations of {name} are {one_line(space)}, not uint8 images (h, w) or "
+                           "(h, w, 1, 3 or 4), or numbers from 0 to 1 in these shapes; take another dataset")
+    return channels_last(np.broadcast_to(0, space.shape)).shape[0]
+
+def _actions_of(space: gym.Space, name: str) -> tuple[ActionSpec, int]:
+    "The actions, and the number of the first. Raises `DatasetError` for what we have no room for."
+    try: return action_spec(space), int(getattr(space, "start", 0))
+    except EnvError:
+        raise DatasetError(f"the actions of {name} are {one_line(space)}, not discrete numbers or one "
+                           "bounded vector; take another dataset") from None
 
 # %% ../../nbs/0_data/09_minari.ipynb #eb3494b3
-def _imported(storage, metadata: dict, side: int, color: str) -> tuple[DataSpec, dict, str | None]:
-    "The spec, the settings for the record, and the content hash to expect, if any."
-    spec = DataSpec((1 if color == "grey" else 3, side, side), action_spec(storage.action_space), [], [])
-    ours = metadata.get("worldmodels_nb", {})
+def _imported(spec: DataSpec, metadata: dict, name: str) -> tuple[DataSpec, dict, str | None, dict]:
+    "The spec, the settings for the record, the content hash to expect, if any, and marks for the record."
+    ours = metadata.get("worldmodels_nb")
+    if ours and (part := _faulty_part(ours)): raise DatasetError(f"the record in {name} is damaged at {part}")
     if ours and tuple(ours["spec"]["frame_shape"]) == spec.frame_shape:
-        return DataSpec.from_record(ours["spec"]), ours["settings"], ours["hash"]
-    env = json.loads(metadata.get("env_spec") or "{}")
+        marks = {key: ours[key] for key in ("reproducible",) if key in ours}
+        return DataSpec.from_record(ours["spec"]), ours["settings"], ours["hash"], marks
+    env = parse_json(metadata.get("env_spec") or "{}")
+    C, side, _ = spec.frame_shape
     named = {key: env[key] for key in ("id", "kwargs") if key in env}
-    source = dict(dataset_id=metadata["dataset_id"])
-    return spec, dict(env=named | dict(size=side, color=color), minari=source), None
+    settings = dict(env=named | dict(size=side, color="grey" if C == 1 else "rgb"),
+                    minari=dict(dataset_id=metadata.get("dataset_id", name)))
+    return spec, settings, None, {}
 
 # %% ../../nbs/0_data/09_minari.ipynb #03fa6f47
 def from_minari(
@@ -115,11 +180,14 @@ def from_minari(
     color: str = "rgb",        # rgb or grey
 ) -> Dataset:
     "Import a Minari dataset whose observations are images. Raises `DatasetError`, and `FileExistsError`."
-    source, storage_class = Path(source), _minari_storage()
-    metadata = _minari_metadata(source)
-    storage = storage_class.read(source)
-    own = _image_side(storage, source.name)
-    spec, settings, expected = _imported(storage, metadata, size or own, color)
-    with EpisodeWriter(_absolute(folder), spec, settings, expected) as writer:
-        for episode in _minari_episodes(storage, spec): writer.add(episode)
+    source, storage_class = Path(os.path.expanduser(source)), _minari_storage()
+    with _reading(source):
+        metadata = _minari_metadata(source)
+        storage = storage_class.read(source)
+        side = _image_side(storage.observation_space, source.name)
+        action, first = _actions_of(storage.action_space, source.name)
+        spec = DataSpec((1 if color == "grey" else 3, size or side, size or side), action, [], [])
+        spec, settings, expected, marks = _imported(spec, metadata, source.name)
+    with EpisodeWriter(expand(folder), spec, settings, expected, first_action=first, **marks) as writer:
+        for episode in _minari_episodes(source, storage, spec, first): writer.add(episode)
     return open_dataset(folder)

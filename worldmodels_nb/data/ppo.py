@@ -6,9 +6,9 @@
 __all__ = ['AgentEnv', 'agent_folder', 'train_agent', 'prepare_agent', 'load_agent', 'AgentPolicy']
 
 # %% ../../nbs/0_data/06_ppo.ipynb #33cd2219
-import hashlib, importlib.util, json, random
+import ctypes, hashlib, importlib.util, json, multiprocessing, os, random, signal, sys, threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from tqdm import tqdm
 from .envs import ActionSpec, FrameEnv
 from .episodes import whole_folder
 from .policies import CollectError, Policy, RandomPolicy
-from ..settings import Settings, pick_device, read_json, repo_root, write_json
+from ..settings import EnvSettings, Settings
+from ..settings import expand, one_line, pick_device, read_json, shorten, write_json, writing
 
 # %% ../../nbs/0_data/06_ppo.ipynb #7ea2a408
 def _check_ppo(settings: Settings) -> None:
@@ -108,12 +109,13 @@ def agent_folder(
 ) -> Path:
     "Where the agent of these settings is, or will be: `collect.ppo.load`, or a folder for its training."
     ppo = settings.collect.ppo
-    if ppo.load: return repo_root() / ppo.load
+    if ppo.load: return expand(ppo.load)
     own = ppo.model_dump(exclude={"load", "extra_log_std", "subprocesses"})
-    which = dict(env=settings.env.model_dump(), ppo=own, steps=settings.collect.steps,
-                 frame_stack=settings.model.frame_stack, seed=settings.run.seed)
+    env = settings.env.model_dump(exclude={"timeout"})
+    which = dict(env=env, ppo=own, steps=settings.collect.steps, frame_stack=settings.model.frame_stack,
+                 seed=settings.run.seed)
     name = hashlib.sha256(json.dumps(which, sort_keys=True).encode()).hexdigest()[:8]
-    return repo_root() / settings.data.dir / "agents" / f"ppo-{name}"
+    return expand(settings.data.dir) / "agents" / f"ppo-{name}"
 
 # %% ../../nbs/0_data/06_ppo.ipynb #55fc0bcf
 def _agent_record(settings: Settings, action: ActionSpec, frame_shape: tuple[int, int, int]) -> dict:
@@ -122,9 +124,11 @@ def _agent_record(settings: Settings, action: ActionSpec, frame_shape: tuple[int
                 frame_shape=list(frame_shape), action=asdict(action))
 
 def _save_agent(policy: torch.nn.Module, record: dict, folder: Path) -> None:
+    "Raises `WriteError`, and leaves nothing behind."
     try:
-        with whole_folder(folder) as temporary:
-            save_model(policy, str(temporary / "weights.safetensors"))
+        with writing(folder), whole_folder(folder) as temporary:
+            try: save_model(policy, str(temporary / "weights.safetensors"))
+            except SafetensorError as error: raise OSError(str(error)) from None  # such as a full disk
             write_json(temporary / "agent.json", record)
     except OSError:
         if not folder.exists(): raise  # else another run was faster, with the same settings
@@ -138,6 +142,63 @@ def _random_state_restored() -> Iterator[None]:
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.set_rng_state(state[2])
+
+# %% ../../nbs/0_data/06_ppo.ipynb #432ce63b
+def _whereabouts() -> tuple[str, list[str]]:
+    "Where this process looks for files, and for modules."
+    return os.getcwd(), list(sys.path)
+
+def _become_worker(whereabouts: tuple[str, list[str]]) -> None:
+    "In a process of its own: find what the parent finds, leave Ctrl-C to it, and end when it does."
+    os.chdir(whereabouts[0])
+    sys.path[:] = whereabouts[1]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(AttributeError, OSError, TypeError):  # there is no such call but on Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    def _follow() -> None:
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=_follow, daemon=True).start()
+
+# %% ../../nbs/0_data/06_ppo.ipynb #b7767dde
+def _patience(env: EnvSettings) -> float | None:
+    "Seconds within which a process must have made a step, each of its calls taking `env.timeout` at most."
+    calls = 3 + max(env.action_repeat, 1 + env.frame_skip)
+    return env.timeout * calls + 10 if env.timeout else None
+
+def _env_in_process(settings: Settings, whereabouts: tuple[str, list[str]]) -> AgentEnv:
+    _become_worker(whereabouts)
+    return AgentEnv(settings)
+
+def _impatient(pipe, patience: float | None) -> None:
+    "Let a pipe's answer be waited for so long; afterwards it counts as closed."
+    receive = pipe.recv
+    def _recv():
+        if pipe.poll(patience): return receive()
+        raise EOFError
+    pipe.recv = _recv
+
+# %% ../../nbs/0_data/06_ppo.ipynb #b56e08e1
+@contextmanager
+def _agent_envs(settings: Settings) -> Iterator:
+    "`n_envs` environments for Stable-Baselines3, here or in processes. Raises `CollectError` if one dies."
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+    n, envs = settings.collect.ppo.n_envs, None
+    try:
+        if settings.collect.ppo.subprocesses:
+            maker = partial(_env_in_process, settings, _whereabouts())
+            envs = SubprocVecEnv([maker] * n, start_method="spawn")
+            for pipe in envs.remotes: _impatient(pipe, _patience(settings.env))
+        else: envs = DummyVecEnv([partial(AgentEnv, settings)] * n)
+        yield envs
+    except (EOFError, ConnectionError) as error:
+        for process in getattr(envs, "processes", ()): process.kill()
+        raise CollectError("an environment process of PPO died, or gave no answer within env.timeout; "
+                           "set collect.ppo.subprocesses to false to see why") from error
+    finally:
+        with suppress(EOFError, OSError):
+            if envs is not None: envs.close()
 
 # %% ../../nbs/0_data/06_ppo.ipynb #ab6a85cf
 _FIELDS = ("learning_rate", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range")
@@ -158,18 +219,10 @@ def train_agent(
     progress: bool = True,  # show a bar
 ) -> None:
     "Train an agent on this environment's frames and save it; what is there stays. Raises `CollectError`."
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
     ppo, own = settings.collect.ppo, FrameEnv(settings.env)
     own.close()
-    makers = [partial(AgentEnv, settings)] * ppo.n_envs
     bar = tqdm(total=ppo.train_steps, desc="training PPO", unit="step", disable=not progress)
-    with _random_state_restored(), bar:
-        envs = SubprocVecEnv(makers, start_method="spawn") if ppo.subprocesses else DummyVecEnv(makers)
-        try: policy = _learn(settings, envs, bar)
-        except (EOFError, ConnectionError) as error:
-            raise CollectError("an environment process of PPO died; "
-                               "set collect.ppo.subprocesses to false to see why") from error
-        finally: envs.close()
+    with _random_state_restored(), bar, _agent_envs(settings) as envs: policy = _learn(settings, envs, bar)
     _save_agent(policy, _agent_record(settings, own.action, own.frame_shape), folder)
 
 # %% ../../nbs/0_data/06_ppo.ipynb #fde3ddb9
@@ -187,12 +240,12 @@ def prepare_agent(
 def _check_agent(folder: Path, wanted: dict) -> None:
     "Raises `CollectError` if the agent in this folder does not say that it is what is wanted."
     remedy = "change collect.ppo.load, or set it to null to train one"
-    try: record = read_json(folder / "agent.json", mend=remedy)
+    try: record = read_json(folder / "agent.json", mend=remedy, keys={key: object for key in wanted})
     except ValueError as error:
         raise CollectError(f"{folder} holds no agent that can be read: {error}") from None
     if record is None:
         raise CollectError(f"{folder} holds no agent that can be read: it has no agent.json; {remedy}")
-    unlike = [f"{key} is {record.get(key)}, not {value}"
+    unlike = [f"{key} is {shorten(record.get(key))}, not {value}"
               for key, value in wanted.items() if record.get(key) != value]
     if unlike:
         raise CollectError(f"the agent in {folder} does not fit the settings: {'; '.join(unlike)}; {remedy}")
@@ -212,7 +265,7 @@ def load_agent(
     with _random_state_restored(): policy = kind(*_agent_spaces(settings, action, frame_shape), lambda _: 0.)
     try: load_model(policy, str(folder / "weights.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CollectError(f"the weights in {folder} cannot be used ({error}); "
+        raise CollectError(f"the weights in {folder} cannot be used ({one_line(error)}); "
                            "delete the folder, or change collect.ppo.load") from None
     policy.set_training_mode(False)
     return policy

@@ -7,7 +7,7 @@ __all__ = ['INSTRUMENTS', 'rankme', 'centred', 'spectrum', 'inverse_probe', 'pre
            'collapse_results']
 
 # %% ../../nbs/4_eval/43_collapse.ipynb #aeedddbc
-import math
+import math, warnings
 from collections.abc import Collection
 from typing import Any
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..data.datasets import Windows
 from .heads import Probe, fit_probe, readout, spread
-from .results import EvaluationError, independent_windows, result_row
+from .results import EvaluationError, as_float64, independent_windows, result_row
 from ..models.base import WorldModel
 from ..viz import Picture, line_styles
 
@@ -26,7 +26,7 @@ def rankme(
     eps: float = 1e-7,  # ε: keeps log p finite for directions without share
 ) -> float:             # about 1 … min(n, K); 0 if all is zero
     "Effective rank of a matrix (RankMe, Garrido et al., 2023, eq. 1)."
-    return _effective(torch.linalg.svdvals(x.double()), eps)
+    return _effective(torch.linalg.svdvals(as_float64(x)), eps)
 
 def _effective(sigma: Tensor, eps: float = 1e-7) -> float:  # singular values (min(n, K),)
     if sigma.max() == 0: return 0.0
@@ -36,14 +36,15 @@ def _effective(sigma: Tensor, eps: float = 1e-7) -> float:  # singular values (m
 # %% ../../nbs/4_eval/43_collapse.ipynb #39e7ee42
 def centred(
     x: Tensor,   # (n, K)
-) -> Tensor:     # float64 (n, K): what varies; columns that differ by rounding only are exactly 0
+) -> Tensor:     # float64 (n, K), on the CPU: what varies; columns that differ by rounding only are exactly 0
     "Deviations from the mean row."
-    return torch.where(spread(x) > 0, x.double() - x.double().mean(0), 0)
+    x = as_float64(x)
+    return torch.where(spread(x) > 0, x - x.mean(0), 0)
 
 # %% ../../nbs/4_eval/43_collapse.ipynb #f74a6451
 def spectrum(
     x: Tensor,   # one latent per row (n, K)
-) -> Tensor:     # float64 (min(n, K),), falling
+) -> Tensor:     # float64 (min(n, K),), on the CPU, falling
     "Standard deviations along the principal directions."
     return torch.linalg.svdvals(centred(x)) / math.sqrt(len(x))
 
@@ -85,15 +86,15 @@ def prediction_ratio(
     z_predicted: Tensor,  # what the model said they would be (n, N, D)
 ) -> float:               # < 1 beats persistence; nan where nothing ever changes
     "Squared prediction error relative to that of persistence."
-    moved = (z - z_next).double().square().sum()
-    wrong = (z_predicted - z_next).double().square().sum()
+    moved = as_float64(z - z_next).square().sum()
+    wrong = as_float64(z_predicted - z_next).square().sum()
     return (wrong / moved).item() if moved > 0 else math.nan
 
 # %% ../../nbs/4_eval/43_collapse.ipynb #d24ca033
 def collapse_panel(
     z: Tensor,                           # latents (n, N, D), n ≥ 2
     z_next: Tensor | None = None,        # one step later (n, N, D)
-    actions: Tensor | None = None,       # between them (n, A) or (n,); for the inverse probe
+    actions: Tensor | None = None,       # between them (n, A) or (n,); for the inverse probe, if n ≥ 4
     z_predicted: Tensor | None = None,   # the model's one-step predictions (n, N, D)
     probe_r2: Tensor | float | None = None,  # R² of the linear probe on held-out frames (S,), or its mean
 ) -> dict:                               # floats by name, and "spectrum", a list
@@ -110,8 +111,8 @@ def collapse_panel(
     panel |= dict(std_mean=std.mean().item(), std_min=std.min().item())
     panel |= dict(rankme=rankme(x), rankme_centred=_effective(directions), spectrum=directions.tolist())
     if probe_r2 is not None:
-        panel["probe_r2"] = torch.as_tensor(probe_r2, dtype=torch.float64).nanmean().item()
-    if actions is not None: panel |= inverse_probe(z, z_next, actions, z_predicted)
+        panel["probe_r2"] = as_float64(probe_r2).nanmean().item()
+    if actions is not None and len(x) >= 4: panel |= inverse_probe(z, z_next, actions, z_predicted)
     if z_predicted is not None: panel["prediction_ratio"] = prediction_ratio(z, z_next, z_predicted)
     return panel
 
@@ -163,7 +164,7 @@ def plot_collapse(
 def collapse_results(
     world: WorldModel,             # frozen; only its `rollout` is used
     windows: Windows,              # of one step, from validation episodes, with cached latents
-    probe: Probe | None,           # reads the state, moved to the device; None where there is none
+    probe: Probe | None,           # reads the state, on any device; None where there is none
     model: str,                    # registered name of the world model
     seed: int,                     # of the run: which transitions
     device: str | torch.device,    # where the model is
@@ -173,7 +174,8 @@ def collapse_results(
     batch = windows.batch(np.sort(independent_windows(windows, n, seed)[0])).to(device)
     z = batch.latents                                                              # (n, 2, N, D)
     predicted = world.rollout(z[:, :1], batch.actions[:, :0], batch.actions)[:, 0]
-    score = None if probe is None else probe.to(device).r2(readout(z[:, 0]), batch.states[:, 0])
+    score = None if probe is None else probe.r2(readout(z[:, 0]), batch.states[:, 0])
+    if n < 4: warnings.warn(f"no inverse probe: it needs four validation transitions, and there are {n}")
     panel = collapse_panel(z[:, 0], z[:, 1], batch.actions[:, 0], predicted, score)
     numbers = {name: value for name, value in panel.items() if name not in ("spectrum", "n")}
     return [result_row("collapse", name, value, n=panel["n"], model=model) for name, value in numbers.items()]

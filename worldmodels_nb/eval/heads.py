@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data.datasets import Batch, Dataset
 from ..data.episodes import DataSpec
-from .results import MODEL, EvaluationError, Source, bootstrap_ratio, result_row
+from .results import MODEL, EvaluationError, Source, as_float64, bootstrap_ratio
+from .results import result_row
 from ..nn.layers import mlp
 from ..settings import ProbeSettings, TrainingSettings
 from ..training.fit import LossTerms, Trainable, fit, freeze
@@ -31,9 +32,9 @@ def readout(
 # %% ../../nbs/4_eval/42_heads.ipynb #e7ae78b1
 def spread(
     x: Tensor,   # (n, K)
-) -> Tensor:     # float64 (K,)
+) -> Tensor:     # float64 (K,), on the CPU
     "Standard deviation of each column; exactly 0 where it differs by no more than float32 rounding."
-    x = x.double()
+    x = as_float64(x)
     mean, std = x.mean(0), x.std(0, correction=0)
     return torch.where(std > 1e-6 * (mean.abs() + std.max()), std, 0)
 
@@ -41,11 +42,11 @@ def spread(
 def r_squared(
     predicted: Tensor,  # (n, S)
     true: Tensor,       # (n, S), n ≥ 2
-) -> Tensor:            # float64 (S,): ≤ 1; nan where the truth does not vary
+) -> Tensor:            # float64 (S,), on the CPU: ≤ 1; nan where the truth does not vary
     "Share of each column's variance that a prediction explains. Raises `EvaluationError`."
     if len(true) < 2:
         raise EvaluationError(f"R² needs at least two samples, not {len(true)}; raise evaluation.n_windows")
-    error = (predicted.detach().double() - true.double()).square().mean(0)   # (S,)
+    error = (as_float64(predicted) - as_float64(true)).square().mean(0)      # (S,)
     std = spread(true)
     return torch.where(std > 0, 1 - error / std.square(), math.nan)
 
@@ -75,19 +76,19 @@ def standardise(self: Probe,
     if not (x.isfinite().all() and y.isfinite().all()):
         raise EvaluationError("latents or states are not finite (nan or inf); "
                               "the model has diverged, lower train.learning_rate")
+    x, y = as_float64(x), as_float64(y)
     std = spread(x)
-    self.mean.copy_(x.double().mean(0))
-    self.std.copy_(torch.where(std > 0, std, math.inf))
-    self.centre.copy_(y.double().mean(0))
-    self.unit.copy_(spread(y))
+    found = dict(mean=x.mean(0), std=torch.where(std > 0, std, math.inf), centre=y.mean(0), unit=spread(y))
+    for name, value in found.items(): getattr(self, name).copy_(value.float())
 
 # %% ../../nbs/4_eval/42_heads.ipynb #38da78c1
 @patch
 def predict(self: Probe,
     x: Tensor,  # readouts (…, K)
-) -> Tensor:    # (…, S) in the state's units
-    "What the probe reads."
-    return self.read((x - self.mean) / self.std) * self.unit + self.centre
+) -> Tensor:    # (…, S) in the state's units, on the device of x
+    "What the probe reads; the readouts may be on another device than it is."
+    here = x.to(self.mean.device)
+    return (self.read((here - self.mean) / self.std) * self.unit + self.centre).to(x.device)
 
 @patch
 def r2(self: Probe,
@@ -122,7 +123,8 @@ def ridge_weights(
     "Ridge regression in closed form. Raises `EvaluationError` if it has no single solution."
     n, width = x.shape
     gram = x.T @ x if width <= n else x @ x.T                        # (K, K) or (n, n): the smaller one
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * n * torch.eye(len(gram), dtype=x.dtype))
+    loaded = gram + ridge * n * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    factor, failed = torch.linalg.cholesky_ex(loaded)
     if failed or (factor.diagonal() < 1e-7 * factor.diagonal().max()).any():
         raise EvaluationError(f"with ridge {ridge} the probe of {width} inputs on {n} samples has "
                               "no single solution; set evaluation.probe.ridge above 0, such as 0.03")
@@ -174,7 +176,7 @@ def fit_mlp_probe(
 ) -> MLPProbe:          # on the device of x, in evaluation mode
     "Train an MLP probe; the same seed gives the same probe. Raises `EvaluationError`."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         probe = MLPProbe(x.shape[-1], y.shape[-1], hidden).to(x.device)
     x, y = x.detach().float(), y.detach().float()
     probe.standardise(x.cpu(), y.cpu())
@@ -227,8 +229,7 @@ def probe_results(
     rows = dataset.frame_indices(episodes, at_most=PROBE_FRAMES)
     episode = np.searchsorted(dataset.starts, rows, side="right")
     true = dataset.states[rows].astype(np.float64)
-    x = readout(torch.from_numpy(latents[rows])).to(probe.mean.device)
-    read = probe.predict(x).cpu().numpy()
+    read = probe.predict(readout(torch.from_numpy(latents[rows]))).detach().numpy()
     wrong, about = (read - true) ** 2, (true - true.mean(0)) ** 2    # (n, S)
     n, out = len(np.unique(episode)), []
     for name, which in _state_groups(dataset.spec, about.mean(0) > 1e-9).items():
@@ -287,9 +288,12 @@ def forward(self: StateDecoder,
 def loss(self: StateDecoder,
     batch: Batch,  # latents (B, T, N, D) and frames uint8 (B, F-1+T, C, h, w)
 ) -> LossTerms:
-    "Mean squared error per pixel, in units of full brightness squared."
+    "Mean squared error per pixel, of full brightness squared. Raises `EvaluationError` for one frame."
     z = batch.latents.flatten(0, 1)                                           # (B·T, N, D)
     frames = batch.frames[:, -batch.latents.shape[1]:].flatten(0, 1) / 255    # (B·T, C, h, w)
+    if self.training and len(z) < 2:
+        raise EvaluationError("batch normalisation needs at least two frames in a batch; "
+                              "raise train.state_decoder.batch_size")
     if self.training:
         self.seen += 1
         self.background.lerp_(frames.mean(0), 1 / self.seen)                  # cumulative mean

@@ -22,9 +22,9 @@ from ..data.datasets import Batch, Dataset, Windows
 from ..data.envs import ActionSpec
 from ..data.episodes import cached_rows
 from .heads import readout, spread
-from .latents import LatentsError, cache_name
-from .results import (EvaluationError, Source,
-    bootstrap_interval, bootstrap_ratio, independent_windows, result_row)
+from .latents import LatentsError, cache_name, device_of
+from .results import EvaluationError, Source, as_float64, bootstrap_interval
+from .results import bootstrap_ratio, independent_windows, result_row
 from .rollouts import RolloutErrors, check_horizons, rollout_batches
 from ..models.base import WorldModel
 from ..nn.layers import ActionEmbedding, mlp
@@ -182,8 +182,8 @@ def fit_normalization(self: RewardMLP,
         raise EvaluationError("latents or predictions are not finite (nan or inf); "
                               "the model has diverged, lower train.learning_rate")
     std = spread(x)
-    self.mean.copy_(x.double().mean(0))
-    self.std.copy_(torch.where(std > 0, std, math.inf))
+    self.mean.copy_(as_float64(x).mean(0).float())
+    self.std.copy_(torch.where(std > 0, std, math.inf).float())
     self.centre.fill_(centre)
     self.unit.fill_(unit)
     return self
@@ -234,7 +234,7 @@ def predict_dataset(
     latents: np.ndarray,    # (n, N, D): of this model and dataset, from `encode_dataset`
     folder: str | Path,     # where caches are kept; made if it is not there
     steps: int = 2,         # P ≥ 1: how far from each row
-    device: str | torch.device = "cpu",  # where to compute
+    device: str | torch.device | None = None,  # where to compute; None: where the model is
     batch: int = 256,       # rows rolled out at once
     progress: bool = True,  # show a bar
     rows: np.ndarray | None = None,  # (m,) rows to predict from, in order; None for every row
@@ -245,7 +245,7 @@ def predict_dataset(
     which = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:8]
     name = cache_name(model, dataset, dtype, whole=True).replace("latents", f"paths{steps}-{which}", 1)
     def _parts():
-        with evaluation_mode(model.to(device)):
+        with evaluation_mode(model.to(device or device_of(model))):
             yield from _path_batches(model, dataset, latents, rows, steps, batch, progress)
     return cached_rows(Path(folder) / name, shape, dtype, _parts, LatentsError)
 
@@ -258,13 +258,14 @@ def _squared_errors(
     model: WorldModel, heads: dict[str, RewardMLP], oracles: dict[str, RewardMLP], batch: Batch, T: int,
 ) -> dict[Source, Tensor]:  # (B, T) each
     actions, rewards = batch.actions[:, 1:T + 1], batch.rewards[:, 1:T + 1]            # (B, T[, A]), (B, T)
+    for head in (*heads.values(), *oracles.values()): head.to(rewards.device)
     path = path_ahead(model, batch.latents[:, 1], actions)                             # (B, T+1, N, D)
     answers = {Source("model", name): head(path, actions) for name, head in heads.items()}
     for name, head in oracles.items():
         answers[Source("reference", name, False)] = head(batch.states[:, 1:T + 2, None], actions)
     answers[MEAN_REWARD] = next(iter(heads.values())).centre.expand_as(rewards)
     answers[LAST_REWARD] = batch.rewards[:, :1].expand_as(rewards)
-    return {source: (answer - rewards).double().square().cpu() for source, answer in answers.items()}
+    return {source: as_float64(answer - rewards).square() for source, answer in answers.items()}
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #fa01a4d8
 @torch.no_grad()
@@ -276,8 +277,9 @@ def reward_errors(
     oracles: dict[str, RewardMLP] | None = None,  # by name; on states as latents (N = 1, D = S)
 ) -> RolloutErrors:                 # metric "mse", (n, K), squared units of reward
     "Squared errors of rewards along imagined paths, window by window. Raises `EvaluationError`."
-    steps, parts = np.array(horizons), []
+    steps, parts, device = np.array(horizons), [], device_of(model)
     for batch in batches:
+        batch = batch.to(device)
         check_horizons(horizons, batch.rewards.shape[1] - 1, "after a window's first")
         errors = _squared_errors(model, heads, oracles or {}, batch, int(steps.max()))
         parts.append({source: error[:, steps - 1] for source, error in errors.items()})
@@ -331,6 +333,5 @@ def reward_results(
 ) -> list[dict[str, Any]]:           # unstamped
     "Errors of a model's reward heads along imagined paths, as rows. Raises `EvaluationError`."
     chosen, episode = independent_windows(windows, s.n_windows, seed)
-    heads, oracles = ({name: head.to(device) for name, head in kind.items()} for kind in (heads, oracles))
     errors = reward_errors(world, heads, rollout_batches(windows, chosen, device=device), horizons, oracles)
     return reward_rows(errors, model, seed, s.bootstrap, groups=episode)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ..data.datasets import Batch, Dataset, Windows
 from .heads import Probe, StateDecoder, readout
-from .results import (MODEL, EvaluationError, Source,
-    bootstrap_interval, bootstrap_ratio, independent_windows, label, result_row)
+from .latents import device_of
+from .results import MODEL, EvaluationError, Source, as_float64, bootstrap_interval
+from .results import bootstrap_ratio, independent_windows, label, result_row
 from ..models.base import WorldModel
 from ..settings import EvaluationSettings
 from ..viz import Picture, curves
@@ -73,8 +74,8 @@ def position_errors(
     same_unit: bool,             # they share one unit
 ) -> dict[Source, Tensor]:       # (B, K) each
     "Distance between probed and true position; the reference `probe` reads true latents."
-    which, truth = list(position), states[:, np.array(horizons)]
-    unit = torch.where(probe.unit > 0, probe.unit, math.inf)[which]
+    which, truth = np.array(position), states[:, np.array(horizons)]
+    unit = torch.where(probe.unit > 0, probe.unit, math.inf)[which].to(states.device)
     read = {source: probe.predict(readout(z)) for source, z in rolled.items()}
     read = {Source("reference", "probe"): read.pop(TRUTH)} | read | {STILL: states[:, :1]}
     off = {source: (place - truth)[..., which] for source, place in read.items()}        # (B, K, P) each
@@ -82,14 +83,17 @@ def position_errors(
     return {source: (d / unit).square().mean(-1).sqrt() for source, d in off.items()}
 
 # %% ../../nbs/4_eval/44_rollouts.ipynb #89be159e
+def _beside(decoder: Callable, x: Tensor) -> Callable:  # where its input is
+    return decoder.to(x.device) if isinstance(decoder, nn.Module) else decoder
+
 def pixel_errors(
     rolled: dict[Source, Tensor],          # from `open_loop`, (B, K, N, D) each
     frames: Tensor,                        # true frames, uint8 (B, T+1, C, h, w)
     horizons: Sequence[int],               # K steps ahead, each 1 … T
-    decoder: Callable[[Tensor], Tensor],   # (B, K, N, D) -> (B, K, C, h, w) in [0, 1]
+    decoder: Callable[[Tensor], Tensor],   # (B, K, N, D) -> (B, K, C, h, w) in [0, 1]; moved to the frames
 ) -> dict[Source, Tensor]:                 # (B, K) each
     "Squared error of decoded frames; the reference `decoder` decodes true latents."
-    truth = frames[:, np.array(horizons)] / 255
+    truth, decoder = frames[:, np.array(horizons)] / 255, _beside(decoder, frames)
     decoded = {source: decoder(z) for source, z in rolled.items()}
     decoded = {Source("reference", "decoder"): decoded.pop(TRUTH)} | decoded
     decoded |= {STILL: frames[:, :1] / 255, MEAN_FRAME: frames.float().mean((0, 1)) / 255}
@@ -102,7 +106,7 @@ class _Scatter:
 
     def add(self, z: Tensor) -> None:
         "Count in latents (…, N, D)."
-        x = readout(z).flatten(0, -2).double()
+        x = as_float64(readout(z).flatten(0, -2))
         self.n, self.sum, self.squares = self.n + len(x), self.sum + x.sum(0), self.squares + x.square().sum()
 
     def variance(self) -> float:
@@ -121,11 +125,11 @@ class RolloutErrors:
 # %% ../../nbs/4_eval/44_rollouts.ipynb #d27ae1de
 def _latent_errors(rolled: dict[Source, Tensor]) -> dict[Source, Tensor]:  # squared, (B, K) each
     truth = rolled[TRUTH]
-    off = {source: (z - truth).double() for source, z in rolled.items() if source != TRUTH}
+    off = {source: as_float64(z - truth) for source, z in rolled.items() if source != TRUTH}
     return {source: d.square().sum((-2, -1)) for source, d in off.items()}
 
 def _joined(parts: list[dict[str, dict[Source, Tensor]]]) -> dict[str, dict[Source, Tensor]]:
-    def _column(metric, source): return torch.cat([part[metric][source] for part in parts]).double().cpu()
+    def _column(metric, source): return as_float64(torch.cat([part[metric][source] for part in parts]))
     def _columns(metric): return {source: _column(metric, source) for source in parts[0][metric]}
     return {metric: _columns(metric) for metric in parts[0]}
 
@@ -133,7 +137,7 @@ def _joined(parts: list[dict[str, dict[Source, Tensor]]]) -> dict[str, dict[Sour
 @torch.no_grad()
 def rollout_errors(
     model: WorldModel,                 # frozen
-    batches: Iterable[Batch],          # windows of T ≥ max(horizons) steps; cached latents are not made again
+    batches: Iterable[Batch],          # windows of T ≥ max(horizons) steps; what is cached is not made again
     horizons: Sequence[int],           # K steps ahead; evaluation.horizons
     probe: Probe | None = None,        # reads the state; None leaves positions out
     decoder: Callable[[Tensor], Tensor] | None = None,  # decodes latents; None leaves pixels out
@@ -143,6 +147,7 @@ def rollout_errors(
     "Errors of open-loop rollouts in latents, positions and pixels. Raises `EvaluationError`."
     scatter, parts, where = _Scatter(), [], "position" if same_unit else "position_std"
     for batch in batches:
+        batch = batch.to(device_of(model))
         z = batch.latents if batch.latents is not None else model.encode(batch.frames)
         scatter.add(z)
         rolled = open_loop(model, z, batch.actions, horizons)
@@ -241,8 +246,8 @@ def rollout_results(
     world: WorldModel,             # frozen
     windows: Windows,              # of max(horizons) steps, from validation episodes, with cached latents
     horizons: Sequence[int],       # from `evaluation_horizons`
-    probe: Probe | None,           # reads the state; moved to the device
-    decoder: StateDecoder,         # decodes latents
+    probe: Probe | None,           # reads the state, on any device
+    decoder: StateDecoder,         # decodes latents; moved to the device
     model: str,                    # registered name of the world model
     s: EvaluationSettings,         # n_windows, bootstrap
     seed: int,                     # of the run: which windows, and the intervals' draws
@@ -251,7 +256,6 @@ def rollout_results(
     "Open-loop errors of a model, with its baselines and references, as rows. Raises `EvaluationError`."
     spec = windows.dataset.spec
     chosen, episode = independent_windows(windows, s.n_windows, seed)
-    if probe is not None: probe = probe.to(device)
     same_unit = spec.position != list(range(len(spec.state_names)))
     batches = rollout_batches(windows, chosen, device=device)
     errors = rollout_errors(world, batches, horizons, probe, decoder, spec.position, same_unit)
@@ -265,7 +269,7 @@ def _as_bytes(frames: Tensor) -> np.ndarray:  # floats in about 0…1 -> uint8
 @torch.no_grad()
 def rollout_strips(
     world: WorldModel,             # frozen
-    decoder: StateDecoder,         # decodes latents
+    decoder: StateDecoder,         # decodes latents; moved to the device
     windows: Windows,              # those of `rollout_results`
     s: EvaluationSettings,         # n_windows, filmstrips
     seed: int,                     # of the run
@@ -277,7 +281,7 @@ def rollout_strips(
     z, first = batch.latents, world.frame_stack                        # frames up to the present one
     ahead = world.rollout(z[:, :1], batch.actions[:, :0], batch.actions)
     strips = dict(truth=batch.frames[:, first - 1:].cpu().numpy())
-    strips["decoded"] = _as_bytes(decoder(torch.cat([z[:, :1], ahead], dim=1)))
+    strips["decoded"] = _as_bytes(_beside(decoder, z)(torch.cat([z[:, :1], ahead], dim=1)))
     if world.decodes:
         imagined = _as_bytes(world.imagine(batch.frames[:, :first], batch.actions))
         strips["imagined"] = np.concatenate([strips["truth"][:, :1], imagined], axis=1)

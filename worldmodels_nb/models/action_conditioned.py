@@ -27,9 +27,10 @@ def frame_mask(
     context: int,     # L ≥ 1: steps a token looks back at, its own counted
 ) -> Tensor | None:   # bool (T·K, (M+T)·K), True where looking is allowed; None if it is everywhere
     "Block-causal attention by frame, in a band: step t looks at step s where 0 ≤ t - s < L."
+    if steps == 1 and kept < context: return None
     back = torch.arange(kept, kept + steps)[:, None] - torch.arange(kept + steps)       # (T, M+T): t - s
     allowed = (back >= 0) & (back < context)
-    return None if allowed.all() else allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    return allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 # %% ../../nbs/3_models/36_action_conditioned.ipynb #vjepa2-013
 @dataclass

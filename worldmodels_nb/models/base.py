@@ -8,9 +8,13 @@ __all__ = ['MODELS', 'WorldModel', 'Stage', 'register', 'known_stages', 'model_c
 # %% ../../nbs/3_models/30_base.ipynb #22310cb7
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
 from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
+from .. import models
 from ..data.episodes import DataSpec
 from ..nn.layers import frames_to_float, stack_frames
 from ..settings import Settings, SettingsError, nearest, seed_everything
@@ -74,7 +78,7 @@ def fit_normalization(self: WorldModel,
     frames: Tensor,      # uint8 (n, C, h, w): some hundred training frames
 ) -> "WorldModel":       # itself
     "Learn what frames look like on average; to be called once, before training."
-    x = frames_to_float(frames)
+    x = frames_to_float(frames.to(self.mean_frame.device))
     self.mean_frame.copy_(x.mean(0))
     self.frame_scale.copy_((x - self.mean_frame).std().clamp(min=1e-3))
     return self
@@ -113,6 +117,7 @@ class Stage:
     part: Trainable       # what is trained: the model, or a part of it
     section: str          # of settings.ini, with its recipe
     window: int           # T: steps of its training windows
+    knob: str = "train.window_steps"  # the setting that says T
     cached: bool = False  # learns from cached latents of the model as trained so far, not from frames
     released: str = ""    # where its weights came from, if they were released ones: nothing to train then
 
@@ -143,8 +148,13 @@ def register(
     return _sign_in
 
 # %% ../../nbs/3_models/30_base.ipynb #506d69d7
+@cache
+def _import_all() -> None:  # to import a model's chapter is to register it
+    for module in iter_modules(models.__path__): import_module(f"{models.__name__}.{module.name}")
+
 def known_stages() -> tuple[str, ...]:  # each once, in the order of registration
     "Names of all registered models' stages, but for `world`, which is every model of one piece."
+    _import_all()
     names = [stage for model in MODELS.values() for stage in model.stage_names]
     return tuple(dict.fromkeys(name for name in names if name != "world"))
 
@@ -153,6 +163,7 @@ def model_class(
     name: str,   # a registered name
 ) -> type[WorldModel]:
     "The class behind a name. Raises `SettingsError` that names the nearest one."
+    _import_all()
     if name in MODELS: return MODELS[name]
     raise SettingsError(f"setting 'run.models': no model is called {name!r}; "
                         f"there are {', '.join(sorted(MODELS))}{nearest(name, MODELS)}")

@@ -21,8 +21,9 @@ class EncoderDecoderJEPA(EncoderDecoder):
     ) -> int:                # M = N: the decoder gets the predicted tokens
         "Build JEPA's predictor between encoder and decoder."
         m = settings.model
-        self.predictor = build_predictor(m.latent_dim, self.spec.action, m.action_dim, settings.predictor)
-        return self.latent_shape[0]
+        tokens, action = self.latent_shape[0], self.spec.action
+        self.predictor = build_predictor(m.latent_dim, action, m.action_dim, settings.predictor, tokens)
+        return tokens
 
     def decoder_input(self,
         z: Tensor,       # (B, N, D)

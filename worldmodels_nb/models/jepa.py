@@ -29,11 +29,11 @@ class JEPA(WorldModel):
         spec: DataSpec,      # shapes of frames and actions
     ):
         super().__init__(settings, spec)
-        m = settings.model
+        m, action = settings.model, spec.action
         self.encoder = build_encoder(settings, spec.frame_shape)
-        self.latent_shape = self.encoder.latent_shape                      # (N, D)
-        self.predictor = build_predictor(m.latent_dim, spec.action, m.action_dim, settings.predictor)
-        self.regularizer = Regularizer(self.latent_shape, spec.action, settings, settings.loss.jepa)
+        self.latent_shape = (tokens, width) = self.encoder.latent_shape   # (N, D)
+        self.predictor = build_predictor(width, action, m.action_dim, settings.predictor, tokens)
+        self.regularizer = Regularizer(self.latent_shape, action, settings, settings.loss.jepa)
         self.settings = settings.jepa
         self.weights = {"prediction": settings.loss.prediction} | self.regularizer.weights
         shared = self.settings.target == "shared"

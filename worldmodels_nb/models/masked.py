@@ -227,7 +227,7 @@ def fit_normalization(self: MaskedPredictionModel,
 ) -> "MaskedPredictionModel":  # itself
     "Learn what frames usually look like, once, before training; released weights keep what they know."
     if self.settings.pretrained: return self
-    x = frames_to_float(frames)
+    x = frames_to_float(frames.to(self.mean_frame.device))
     self.mean_frame.copy_(x.median(0).values)
     self.frame_scale.fill_((x - self.mean_frame).std().clamp(min=1e-3))
     return self
@@ -271,7 +271,8 @@ def constant_error(
     asked: list[Tensor],  # numbers of the hidden tokens, (B, K') for each mask
 ) -> Tensor:              # scalar, 1e-8 or more
     "Error of the best constant under an absolute error: the median token of each position over the batch."
-    usual = y.median(0, keepdim=True).values.expand_as(y)                      # (B, N, D)
+    several = y if len(y) > 1 else y.transpose(0, 1)                           # one clip: over its tokens
+    usual = several.median(0, keepdim=True).values.expand_as(y)                # (B, N, D)
     errors = [F.l1_loss(gather_tokens(usual, hidden), gather_tokens(y, hidden)) for hidden in asked]
     return torch.stack(errors).mean().clamp(min=1e-8)
 
@@ -283,7 +284,7 @@ def loss(self: MaskedPredictionModel,
     "Mean absolute error at hidden positions, averaged over the masks (V-JEPA 2, eq. 1)."
     clip = self.preprocess(batch.frames[:, -self.settings.frames:])            # (B, C, T, h, w)
     rows, grid = self.target.patch_embed.patchify(clip)                        # (B, N, C·t·p·p)
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
     y, errors, asked = self.target_tokens(rows, grid), [], []                  # y (B, N, D)
     for kind, mask in enumerate(draw_masks(self.settings, len(rows), grid, generator)):
         context, targets = (part.to(rows.device) for part in mask)             # (B, K), (B, K')
@@ -291,7 +292,7 @@ def loss(self: MaskedPredictionModel,
         errors.append(F.l1_loss(predicted, gather_tokens(y, targets)))
         asked.append(targets)
     error = torch.stack(errors).mean()
-    terms = dict(prediction=error.detach(), spread=y.std(0).mean())
+    terms = dict(prediction=error.detach(), spread=y.std(0, correction=0).mean())
     if self.training: return LossTerms(error, terms)
     constant = constant_error(y, asked)
     return LossTerms(error / constant, terms | dict(skill=1 - error.detach() / constant))
@@ -320,10 +321,10 @@ def error_map(self: MaskedPredictionModel,
     rows, grid = self.target.patch_embed.patchify(self.preprocess(frames))     # (B, N, C·t·p·p)
     y, count = self.target_tokens(rows, grid), grid[1] * grid[2]               # (B, N, D)
     errors = torch.zeros(rows.shape[:2], device=rows.device)                   # (B, N)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     for hidden in order.chunk(groups):
         shown = order[~torch.isin(order, hidden)]
-        everywhere = [part.sort().values.expand(len(rows), -1) for part in (shown, hidden)]
+        everywhere = [part.sort().values.to(rows.device).expand(len(rows), -1) for part in (shown, hidden)]
         context, targets = (all_steps(part, grid[0], count) for part in everywhere)
         missed = self.predict(rows, grid, context, targets) - gather_tokens(y, targets)
         errors.scatter_(1, targets, missed.abs().mean(-1))

@@ -7,28 +7,28 @@ __all__ = ['HARMLESS', 'HEADS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'ReleasedError'
            'predictor_like', 'Released', 'load_released', 'released_path', 'build_pretraining']
 
 # %% ../../nbs/3_models/35_released.ipynb #7ccb900f
-import copy, json, re
+import copy, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from fastcore.basics import patch
-from safetensors import SafetensorError
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from ..data.episodes import DataSpec
 from .masked import MaskedPredictionModel, MaskedPredictor, MaskedViT
 from ..nn.masks import check_masks
-from ..settings import Settings
+from ..settings import FileError, Settings, expand, one_line, read_json, shorten
+from ..training.fit import plain_name
+from ..training.parts import read_archive
 
 # %% ../../nbs/3_models/35_released.ipynb #cf6987fe
 class ReleasedError(ValueError):
     "Released weights that cannot be used; one sentence names the file and says why."
 
-# %% ../../nbs/3_models/35_released.ipynb #64e47f4e
 def _open_weights(path: Path) -> object:  # what the file holds; a pickle is opened as plain tensors only
     if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_archive(path)
 
 def _read_tensors(path: Path) -> dict:    # empty where the file holds no dictionary
     try:
@@ -38,10 +38,9 @@ def _read_tensors(path: Path) -> dict:    # empty where the file holds no dictio
     except UnpicklingError:
         raise ReleasedError(f"{path} is no file of plain tensors, and is not opened further, because that "
                             "could run code; ask for the weights as .safetensors") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise ReleasedError(f"{path} is not a whole file of weights ({reason}); it is damaged, cut short, or "
-                            "something else") from None
+    except Exception as error:  # whatever a foreign file makes the libraries say
+        raise ReleasedError(f"{path} is not a whole file of weights ({one_line(error, 80)}); it is damaged, "
+                            "cut short, or something else") from None
     return found if isinstance(found, dict) else {}
 
 # %% ../../nbs/3_models/35_released.ipynb #314d0de0
@@ -56,21 +55,35 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _read_all(path: Path) -> dict:
     found: dict = {}
-    for file in _weight_files(path): found |= _read_tensors(file)
+    for file in _weight_files(path):
+        tensors = _read_tensors(file)
+        if twice := found.keys() & tensors.keys():
+            raise ReleasedError(f"{file} and a file beside it both hold {shorten(min(twice))}; name one")
+        found |= tensors
     return found
 
-# %% ../../nbs/3_models/35_released.ipynb #65fa0a1f
+# %% ../../nbs/3_models/35_released.ipynb #260d90f0
 def _unwrapped(name: str) -> str:
-    while name.startswith(("module.", "backbone.")): name = name.partition(".")[2]
+    while (short := plain_name(name).removeprefix("backbone.")) != name: name = short
     return name
 
-def _original_parts(found: dict) -> dict[str, dict[str, Tensor]]:
+def _tensors(found: dict, path: Path) -> dict[str, Tensor]:
+    "Those of a dictionary, under plain names."
+    own: dict[str, Tensor] = {}
+    for name, t in found.items():
+        if not isinstance(t, Tensor) or not isinstance(name, str): continue
+        if t.layout != torch.strided or t.is_meta or t.untyped_storage().nbytes() < t.nbytes:
+            raise ReleasedError(f"{path}: {one_line(name, 80)} has no numbers of its own; it is damaged")
+        if (name := _unwrapped(name)) in own:
+            raise ReleasedError(f"{path} holds {one_line(name, 80)} twice, wrapped and plain; keep one")
+        own[name] = t
+    return own
+
+# %% ../../nbs/3_models/35_released.ipynb #65fa0a1f
+def _original_parts(found: dict, path: Path) -> dict[str, dict[str, Tensor]]:
     "Tensors by part, by name; empty for another layout."
-    parts = {}
-    for part in ("encoder", "target_encoder", "predictor"):
-        if not isinstance(found.get(part), dict): continue
-        parts[part] = {_unwrapped(name): t for name, t in found[part].items()}
-    return parts
+    parts = ("encoder", "target_encoder", "predictor")
+    return {part: _tensors(found[part], path) for part in parts if isinstance(found.get(part), dict)}
 
 # %% ../../nbs/3_models/35_released.ipynb #33b71207
 _TRANSLATED = [
@@ -102,11 +115,10 @@ def _translate(tensors: dict[str, Tensor], predictor: bool) -> dict[str, Tensor]
     return _join_qkv(out)
 
 # %% ../../nbs/3_models/35_released.ipynb #b34ab2c5
-def _transformers_parts(found: dict) -> dict[str, dict[str, Tensor]]:
+def _transformers_parts(found: dict, path: Path) -> dict[str, dict[str, Tensor]]:
     "Tensors by part, under our names; parts may be empty."
     parts: dict = dict(encoder={}, predictor={}, other={})
-    for name, t in found.items():
-        if not isinstance(t, Tensor): continue
+    for name, t in _tensors(found, path).items():
         name = name.removeprefix("vjepa2.")
         part, _, own = name.partition(".")
         if name.startswith(("encoder.", "predictor.")): parts[part][own] = t
@@ -114,14 +126,24 @@ def _transformers_parts(found: dict) -> dict[str, dict[str, Tensor]]:
     for part in ("encoder", "predictor"): parts[part] = _translate(parts[part], part == "predictor")
     return parts
 
+# %% ../../nbs/3_models/35_released.ipynb #d0a7ecb7
+_OF_2_1 = re.compile(r"(video|img)_mod_embed|patch_embed_img|norms_block|proj_context|^ema_encoder$")
+
+def _refuse_2_1(found: dict, path: Path) -> None:
+    inner = [name for part in found.values() if isinstance(part, dict) for name in part]
+    if name := next((n for n in (*found, *inner) if isinstance(n, str) and _OF_2_1.search(n)), ""):
+        raise ReleasedError(f"{path}: these are V-JEPA 2.1 weights ({one_line(name, 80)}), and this network "
+                            "is V-JEPA 2's; take its weights, such as facebook/vjepa2-vitl-fpc64-256")
+
 # %% ../../nbs/3_models/35_released.ipynb #42a1e7e3
 def read_released(
     path: str | Path,  # a file, or a folder with one kind of weights
 ) -> dict[str, dict[str, Tensor]]:  # by part (encoder, target_encoder, predictor, other), by name
     "Released weights under the names of `34_masked`, from either layout. Raises `ReleasedError`."
-    found = _read_all(Path(path))
-    if parts := _original_parts(found): return parts
-    parts = _transformers_parts(found)
+    found, path = _read_all(Path(path)), Path(path)
+    _refuse_2_1(found, path)
+    if parts := _original_parts(found, path): return parts
+    parts = _transformers_parts(found, path)
     if not parts["encoder"]:
         raise ReleasedError(f"{path} has neither the parts of a released V-JEPA 2 file (encoder, predictor) "
                             "nor names of transformers (encoder.layer.0.…)")
@@ -140,19 +162,20 @@ class Fit:
     def __bool__(self) -> bool: return not (self.missing or self.unexpected or self.misshaped)
 
     def __str__(self) -> str:
-        lists = [f"{name}: {', '.join(names)}" for name, names in vars(self).items() if names]
+        def _some(names): return one_line(", ".join(names[:20]), 2000) + ", …" * (len(names) > 20)
+        lists = [f"{name}: {_some(names)}" for name, names in vars(self).items() if names]
         return "; ".join(lists) or "everything fits"
 
-# %% ../../nbs/3_models/35_released.ipynb #30251dfc
 def fill(
     module: nn.Module,           # changed in place: whatever fits is loaded
     tensors: dict[str, Tensor],  # under the module's own names
 ) -> Fit:
-    "Load what fits, and report what does not."
+    "Load what fits, and report what does not. On the meta device nothing is loaded."
     own = module.state_dict()
     both = [name for name in tensors if name in own]
-    fitting = {name: tensors[name] for name in both if own[name].shape == tensors[name].shape}
-    module.load_state_dict(fitting, strict=False)
+    fitting = {name: tensors[name] for name in both if own[name].shape == tensors[name].shape
+               and own[name].is_floating_point() == tensors[name].is_floating_point()}
+    if not any(t.is_meta for t in own.values()): module.load_state_dict(fitting, strict=False)
     return Fit(
         missing=[name for name in own if name not in tensors],
         unexpected=[name for name in tensors if name not in own and name not in HARMLESS],
@@ -166,20 +189,29 @@ HEADS = {  # of the released models, by part and width
 def _heads(part: str, width: int, given: int | None, config: dict | None) -> int:
     key = "pred_num_attention_heads" if part == "predictor" else "num_attention_heads"
     heads = given or (config or {}).get(key) or HEADS.get((part, width))
-    if heads is not None: return heads
     argument = "predictor_heads" if part == "predictor" else "heads"
-    raise ReleasedError(f"how many attention heads the {part} of width {width} has cannot be read from its "
-                        f"weights; give {argument}")
+    if heads is None:
+        raise ReleasedError(f"how many attention heads the {part} of width {width} has cannot be read from "
+                            f"its weights; give {argument}")
+    if type(heads) is int and 0 < heads <= width // 6 and width % heads == 0: return heads
+    raise ReleasedError(f"the {part} of width {width} cannot have {shorten(heads)} attention heads, each of "
+                        f"width 6 or more; mend config.json, or give {argument}")
 
 def _sizes(  # shape of the embedding, number of blocks, and width of each MLP in widths of a token
     tensors: dict[str, Tensor], blocks: str, embed: str, path: str | Path,
 ) -> tuple[torch.Size, int, float]:
-    layers = {int(name.split(".")[1]) for name in tensors if name.startswith(blocks + ".")}
+    layers = {name.split(".")[1] for name in tensors if name.startswith(blocks + ".")}
+    if odd := sorted(layers - {str(i) for i in range(min(len(layers), 256))}):
+        raise ReleasedError(f"{path} has a block {shorten(odd[0])} among {len(layers)} {blocks}; they are "
+                            "numbered from 0 to 255 at most, and none is left out")
     wide = tensors.get(f"{blocks}.0.mlp.fc1.weight")
     if embed not in tensors or wide is None:
-        raise ReleasedError(f"{path} lacks {embed} or {blocks}.0.mlp.fc1.weight, without which sizes cannot "
-                            "be known")
-    return tensors[embed].shape, max(layers) + 1, wide.shape[0] / wide.shape[1]
+        raise ReleasedError(f"{path} lacks {embed} or {blocks}.0.mlp.fc1.weight, which tell the sizes")
+    shape = tensors[embed].shape
+    if wide.ndim != 2 or len(shape) < 2 or not min(*shape, *wide.shape) or wide.shape[1] != shape[0]:
+        raise ReleasedError(f"{path}: {embed} is {tuple(shape)} and {blocks}.0.mlp.fc1.weight is "
+                            f"{tuple(wide.shape)}, which do not belong together")
+    return shape, len(layers), wide.shape[0] / wide.shape[1]
 
 # %% ../../nbs/3_models/35_released.ipynb #91ad53cb
 def encoder_like(
@@ -204,18 +236,18 @@ def predictor_like(
     path: str | Path = "the file",  # for errors
 ) -> MaskedPredictor:
     "A fresh masked predictor of the size of these weights. Raises `ReleasedError`."
-    (width, dim), depth, ratio = _sizes(tensors, "predictor_blocks", "predictor_embed.weight", path)
+    (width, dim, *_), depth, ratio = _sizes(tensors, "predictor_blocks", "predictor_embed.weight", path)
     tokens = sum(name.startswith("mask_tokens.") for name in tensors)
     return MaskedPredictor(dim, width, depth, _heads("predictor", width, heads, config), tokens, ratio)
 
 # %% ../../nbs/3_models/35_released.ipynb #6001df21
 def _read_config(path: Path) -> dict:  # of transformers; empty where there is none
     file = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try: config = read_json(file, schema=None, mend="fetch it again, or remove it") or {}
+    except FileError as error: raise ReleasedError(str(error)) from None
     for key, ours in dict(hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True).items():
-        if config.get(key, ours) == ours: continue
-        raise ReleasedError(f"{path}: config.json says {key} = {config[key]!r}, and this network has "
-                            f"{ours!r}")
+        if (theirs := config.get(key, ours)) != ours:
+            raise ReleasedError(f"{path}: config.json says {key} = {shorten(theirs)}; here it is {ours!r}")
     return config
 
 # %% ../../nbs/3_models/35_released.ipynb #6781f8e3
@@ -228,14 +260,16 @@ class Released:
     conditioned: dict[str, Tensor]     # weights of an action-conditioned predictor (`37_vjepa2`); else empty
     report: dict[str, Fit]             # by part
 
-# %% ../../nbs/3_models/35_released.ipynb #6fd08171
 def _assemble(
-    parts: dict, config: dict, heads: int | None, predictor_heads: int | None, path: Path,
+    parts: dict, config: dict, heads: int | None, predictor_heads: int | None, path: Path, strict: bool,
 ) -> Released:
     report: dict[str, Fit] = {}
     def _filled(part, like, heads):
-        module = like(parts[part], heads, config, path)
+        with torch.device("meta"): module = like(parts[part], heads, config, path)
         report[part] = fill(module, parts[part])
+        if strict and not report[part]: return module        # which nobody will get
+        module = like(parts[part], heads, config, path)
+        fill(module, parts[part])
         return module.eval()
     if "encoder" not in parts: parts["encoder"] = parts.pop("target_encoder", {})
     encoder = _filled("encoder", encoder_like, heads)
@@ -257,7 +291,7 @@ def load_released(
     "Encoder and predictor of released V-JEPA 2 weights, of any size, for any grid. Raises `ReleasedError`."
     path = Path(path)
     parts = read_released(path)
-    released = _assemble(parts, _read_config(path), heads, predictor_heads, path)
+    released = _assemble(parts, _read_config(path), heads, predictor_heads, path, strict)
     bad = [f"{part}: {fit}" for part, fit in released.report.items() if not fit]
     if bad and strict: raise ReleasedError(f"{path} does not fit: " + "; ".join(bad))
     return released
@@ -272,22 +306,29 @@ def use_pretrained(self: MaskedPredictionModel,
     "Take released weights, and the preprocessing they were trained with. Raises `SettingsError`."
     self.encoder, self.predictor = released.encoder, released.predictor
     self.target = copy.deepcopy(released.target).requires_grad_(False)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (self.mean_frame.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     self.mean_frame = mean.repeat(1, *self.mean_frame.shape[1:])               # (3, h, w)
     self.frame_scale = std                                                     # (3, 1, 1)
     check_masks(self.settings, self.grid())
 
 # %% ../../nbs/3_models/35_released.ipynb #aa10c7ee
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FOLDERS = ("weights", "models", "model", "checkpoints", "ckpt", "ckpts", "data", "runs", "pretrained")
+
+def _is_hub_id(name: str) -> bool:
+    owner, path = name.partition("/")[0], Path(name)
+    usual = owner.lower() in _FOLDERS or path.suffix in (".pt", ".pth", ".tar", ".bin", ".safetensors")
+    there = os.path.exists(owner) or os.path.exists(expand(owner))
+    return bool(_HUB_ID.fullmatch(name)) and not usual and not there
+
 def released_path(
     name: str,  # a file, a folder, or a hub id such as facebook/vjepa2-vitl-fpc64-256
 ) -> Path:
     "Where released weights are; a hub id is fetched (extra: hf), or found cached. Raises `ReleasedError`."
-    path = Path(name).expanduser()
-    if path.exists(): return path
-    setting = f"setting 'vjepa2.pretrain.pretrained' = {name!r}:"
-    if len(path.parts) != 2 or path.suffix in (".pt", ".pth", ".safetensors"):
-        raise ReleasedError(f"{setting} there is nothing at that path, and it is no hub id of the form "
-                            "owner/name")
+    if os.path.exists(path := expand(name)): return path
+    setting = f"setting 'vjepa2.pretrain.pretrained' = {shorten(name)}:"
+    if not _is_hub_id(name):
+        raise ReleasedError(f"{setting} there is nothing at that path, and it is no hub id (owner/name)")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -295,9 +336,8 @@ def released_path(
                             "hf (pip install 'worldmodels_nb[hf]')") from None
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ReleasedError(f"{setting} it cannot be fetched from the hub: {reason}") from None
+    except Exception as error:  # of the network, of the hub, of the disk
+        raise ReleasedError(f"{setting} it cannot be fetched from the hub: {one_line(error, 120)}") from None
 
 # %% ../../nbs/3_models/35_released.ipynb #c73f12f8
 def build_pretraining(

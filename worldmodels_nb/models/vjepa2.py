@@ -79,7 +79,7 @@ def preprocess(self: VJEPA2WorldModel,
 ) -> Tensor:               # float (B, T, C, t, h, w): a tubelet for each step
     "The latest frames of each stack as a tubelet; where there are too few, the oldest is repeated."
     tubelet, stack = self.masked.target.patch_embed.size[0], self.frame_stack
-    latest = torch.arange(stack - tubelet, stack).clamp(min=0)                # (t,)
+    latest = torch.arange(stack - tubelet, stack, device=frames.device).clamp(min=0)  # (t,)
     stacks = self.masked.preprocess(frames).unfold(2, stack, 1)               # (B, C, T, h, w, F)
     return rearrange(stacks[..., latest], "b c t h w u -> b t c u h w")
 
@@ -88,9 +88,10 @@ def preprocess(self: VJEPA2WorldModel,
 def stages(self: VJEPA2WorldModel) -> list[Stage]:
     "First the encoder, on clips; then the transformer, on its cached tokens."
     s = self.settings.vjepa2
-    return [Stage("pretrain", self.masked, "vjepa2.pretrain", s.pretrain.frames - 1,
+    return [Stage("pretrain", self.masked, "vjepa2.pretrain", s.pretrain.frames - 1, "vjepa2.pretrain.frames",
                   released=s.pretrain.pretrained or ""),
-            Stage("action", self.predictor, "vjepa2.action", s.action.window_steps, cached=True)]
+            Stage("action", self.predictor, "vjepa2.action", s.action.window_steps,
+                  "vjepa2.action.window_steps", cached=True)]
 
 @patch
 def parts(self: VJEPA2WorldModel) -> dict[str, nn.Module]:  # by name

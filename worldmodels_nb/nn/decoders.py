@@ -24,7 +24,7 @@ class TransformerDecoder(nn.Module):
         s: DecoderSettings,   # dim, depth, heads, mlp_dim, slots, patch_size, dropout
     ):
         super().__init__()
-        self.patch, self.grid = s.patch_size, patch_grid(size, s.patch_size)
+        self.patch, self.grid = s.patch_size, patch_grid(size, s.patch_size, "decoder.patch_size")
         self.queries = nn.Parameter(torch.randn(1, self.grid**2, s.dim))
         self.memory = nn.Linear(memory_shape[1], s.slots * s.dim)
         blocks = (Block(s.dim, s.heads, s.mlp_dim, s.dropout, cross=True) for _ in range(s.depth))

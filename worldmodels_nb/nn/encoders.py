@@ -64,10 +64,15 @@ def forward(self: TokenReadout,
 # %% ../../nbs/1_nn/11_encoders.ipynb #enc003
 def _shrunk(side: int, size: int, layer: int, s: Settings) -> int:
     c = s.encoder.cnn
-    side = (side + 2 * c.padding - c.kernel_size) // c.stride + 1
-    if side >= 1: return side
+    room = side + 2 * c.padding - c.kernel_size
+    if room >= 0: return room // c.stride + 1
+    if layer == 1:
+        raise SettingsError(f"encoder.cnn.kernel_size = {c.kernel_size} is larger than a frame of {size} px "
+                            f"with encoder.cnn.padding = {c.padding}; lower it, or raise env.size and "
+                            "collect again")
     raise SettingsError(f"encoder.cnn.layers = {c.layers} shrinks a frame of {size} px to nothing "
-                        f"at layer {layer}; use fewer layers or a smaller encoder.cnn.stride")
+                        f"at layer {layer}; use fewer layers, or a smaller encoder.cnn.stride or "
+                        "encoder.cnn.kernel_size")
 
 # %% ../../nbs/1_nn/11_encoders.ipynb #9c74ee56
 class CnnEncoder(nn.Module):

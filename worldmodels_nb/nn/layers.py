@@ -33,11 +33,12 @@ def stack_frames(
 def patch_grid(
     size: int,   # side of the square frame, px
     patch: int,  # side of a patch, px
+    knob: str = "model.patch_size",  # the setting that says it
 ) -> int:        # patches along one side
     "How many patches fit along a side. Raises `SettingsError` if something is left over."
     if size % patch:
         raise SettingsError(f"frames of {size} px cannot be cut into patches of {patch} px; "
-                            "change the patch size, or env.size and collect again")
+                            f"change {knob}, or env.size and collect again")
     return size // patch
 
 # %% ../../nbs/1_nn/10_layers.ipynb #2e7e0ec0
@@ -64,7 +65,9 @@ def mlp(
     activation: str = "relu",   # relu, gelu, silu or tanh
     dropout: float = 0.0,       # share of hidden activations dropped in training
 ) -> nn.Sequential:
-    "Linear layers with an activation (and dropout) between them, none after the last."
+    "Linear layers, an activation (and dropout) between them, none after the last. Raises `SettingsError`."
+    if min(widths) < 1:
+        raise SettingsError(f"layers of {widths} numbers cannot be made; every width must be 1 or more")
     layers: list[nn.Module] = []
     for i, (into, out) in enumerate(zip(widths, widths[1:])):
         if i: layers.append(ACTIVATIONS[activation]())

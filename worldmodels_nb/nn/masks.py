@@ -22,7 +22,7 @@ def equal_counts(
     "Numbers of as many visible and as many hidden positions in every sample."
     visible = int((~hidden).sum(1).min())                                       # K
     asked = int(hidden.sum(1).min())                                            # K'
-    shuffled = torch.rand(hidden.shape, generator=generator)
+    shuffled = torch.rand(hidden.shape, generator=generator, device="cpu")
     order = (shuffled + hidden).argsort(1)                                      # visible first, then hidden
     return order[:, :visible].sort(1).values, order[:, hidden.shape[1] - asked:].sort(1).values
 
@@ -33,7 +33,8 @@ def all_steps(
     count: int,         # S: positions in one step
 ) -> Tensor:            # (B, T'·K), ascending
     "The tokens at these positions, in every step."
-    return (positions[:, None] + count * torch.arange(steps)[:, None]).flatten(1)
+    step = torch.arange(steps, device=positions.device)[:, None]                   # (T', 1)
+    return (positions[:, None] + count * step).flatten(1)
 
 # %% ../../nbs/1_nn/14_masks.ipynb #41b6a962
 def _hidden_count(ratio: float, count: int, what: str, grid: tuple[int, int, int]) -> int:
@@ -54,7 +55,7 @@ def random_mask(
     "Hide single tokens, drawn for each clip. Raises `SettingsError` when nothing is left to see or predict."
     tokens = math.prod(grid)
     hidden = _hidden_count(ratio, tokens, "tokens", grid)
-    order = torch.rand(batch, tokens, generator=generator).argsort(1)          # (B, T'·H'·W')
+    order = torch.rand(batch, tokens, generator=generator, device="cpu").argsort(1)     # (B, T'·H'·W')
     return order[:, hidden:].sort(1).values, order[:, :hidden].sort(1).values
 
 # %% ../../nbs/1_nn/14_masks.ipynb #msk002
@@ -67,7 +68,7 @@ def tube_mask(
     "Hide single positions for the whole clip, drawn for each. Raises `SettingsError` like `random_mask`."
     steps, positions = grid[0], grid[1] * grid[2]
     hidden = _hidden_count(ratio, positions, "positions", grid)
-    order = torch.rand(batch, positions, generator=generator).argsort(1)       # (B, H'·W')
+    order = torch.rand(batch, positions, generator=generator, device="cpu").argsort(1)  # (B, H'·W')
     context, targets = order[:, hidden:].sort(1).values, order[:, :hidden].sort(1).values
     return all_steps(context, steps, positions), all_steps(targets, steps, positions)
 
@@ -94,8 +95,8 @@ def scatter_blocks(
     "Place blocks at random and take their union."
     inside = []
     for size, side in zip(shape, frame):
-        at = torch.arange(side)
-        first = torch.randint(side - size + 1, (batch, blocks, 1), generator=generator)
+        at = torch.arange(side, device="cpu")
+        first = torch.randint(side - size + 1, (batch, blocks, 1), generator=generator, device="cpu")
         inside.append((at >= first) & (at < first + size))                     # (B, blocks, side)
     rows, columns = inside
     return (rows[..., :, None] & columns[..., None, :]).any(1).flatten(1)
@@ -127,7 +128,7 @@ def block_mask(
 ) -> Mask:
     "Hide rectangles for the whole clip (V-JEPA). Raises `SettingsError` when nothing is left to see."
     steps, frame, (lowest, highest) = grid[0], grid[1:], aspect
-    drawn = lowest + (highest - lowest) * torch.rand((), generator=generator).item()
+    drawn = lowest + (highest - lowest) * torch.rand((), generator=generator, device="cpu").item()
     shape, positions = block_shape(*frame, scale, drawn), math.prod(frame)
     wanted = max(1, math.ceil(least * frame[0] * frame[1]))
     hidden = _show_some(batch, shape, blocks, frame, wanted, generator)
@@ -160,8 +161,8 @@ def check_masks(
     grid: tuple[int, int, int],  # T', H', W'
 ) -> None:
     "Raise `SettingsError` now if some step's masks would leave nothing to see or to predict."
-    for share in torch.linspace(0, 1, 33).tolist():
-        aspect = s.aspect[0] + share * (s.aspect[1] - s.aspect[0])
+    for i in range(33):
+        aspect = s.aspect[0] + i / 32 * (s.aspect[1] - s.aspect[0])
         of_one_shape = s.model_copy(update={"aspect": [aspect, aspect]})
         draw_masks(of_one_shape, 2, grid, torch.Generator().manual_seed(0))
 
@@ -173,8 +174,9 @@ def mask_frames(
     grey: int = 110,             # what hidden patches look like
 ) -> Tensor:                     # (T, C, h, w) uint8
     "A clip with its hidden tokens in grey."
-    shown = torch.zeros(math.prod(grid), dtype=torch.bool)
-    shown = shown.index_fill(0, visible.cpu(), True).view(grid)                # (T', H', W')
+    device = frames.device
+    shown = torch.zeros(math.prod(grid), dtype=torch.bool, device=device)
+    shown = shown.index_fill(0, visible.to(device), True).view(grid)           # (T', H', W')
     for axis, size in enumerate((frames.shape[0], *frames.shape[2:])):
         shown = shown.repeat_interleave(size // grid[axis], axis)              # at last (T, h, w)
-    return torch.where(shown[:, None], frames.cpu(), torch.tensor(grey, dtype=torch.uint8))
+    return frames.where(shown[:, None], torch.full_like(frames, grey))

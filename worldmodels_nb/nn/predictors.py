@@ -33,6 +33,11 @@ class Predictor(nn.Module):
         "The next latent."
         raise NotImplementedError
 
+    def expect(self,
+        tokens: int,  # N
+    ) -> None:
+        "Get ready for latents of so many tokens; most predictors are."
+
 # %% ../../nbs/1_nn/13_predictors.ipynb #pre001
 @patch
 def forward(self: Predictor,
@@ -103,14 +108,20 @@ class TransformerPredictor(Predictor):
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #pre002
 @patch
+def expect(self: TransformerPredictor,
+    tokens: int,  # N: 1, or the cells of a square grid
+) -> None:
+    "Positions for so many tokens. Raises `SettingsError`."
+    have, dim = self.positions.shape
+    if have != tokens: self.positions = sincos_positions(math.isqrt(tokens), dim).to(self.positions)
+
+@patch
 def step(self: TransformerPredictor,
     z: Tensor,  # (B, N, D); N is 1, or the cells of a square grid
     a: Tensor,  # (B, E)
 ) -> Tensor:    # (B, N, D)
     "One round of looking at each other and at the action."
-    tokens, dim = z.shape[1:]
-    if len(self.positions) != tokens:
-        self.positions = sincos_positions(math.isqrt(tokens), dim).to(z.device)
+    self.expect(z.shape[1])
     x = torch.cat([z + self.positions, self.into(a)[:, None]], dim=1)          # (B, N+1, D)
     for block in self.blocks: x = block(x)
     return self.norm(x[:, :-1] - self.positions)
@@ -123,9 +134,12 @@ def build_predictor(
     action: ActionSpec,    # what actions look like
     action_dim: int,       # width of the embedded action
     s: PredictorSettings,  # type, and what that type needs
+    tokens: int = 1,       # N: how many it will be given
 ) -> Predictor:
     "A fresh predictor by `predictor.type`. Raises `SettingsError`."
-    return PREDICTORS[s.type](dim, action, action_dim, s)
+    predictor = PREDICTORS[s.type](dim, action, action_dim, s)
+    predictor.expect(tokens)
+    return predictor
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #4411bd5f
 class InverseDynamics(nn.Module):

@@ -8,6 +8,7 @@ __all__ = ['INPUTS', 'TERMS', 'invariance_loss', 'barlow_loss', 'dino_loss', 'Lo
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #aux003
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from einops import rearrange
 from fastcore.basics import patch
@@ -153,6 +154,10 @@ def forward(self: DinoTerm,
 def _full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+def _autocast_off(device: torch.device) -> AbstractContextManager:  # not every device has autocast
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
 @loss_term("sigreg", inputs="latents", statistic=True)
 def _sigreg(x, s): return sigreg_loss(x, s.sigreg.directions, s.sigreg.points, s.sigreg.largest)
 
@@ -267,6 +272,9 @@ def _refuse(self: Regularizer, z: Tensor, predicted: Tensor | None) -> None:
     if self.training and len(z) < 2 and any(term.statistic for term in self.declared.values()):
         raise SettingsError("statistics over a batch need at least two windows; raise train.batch_size")
 
+def _has_samples(term: LossTerm, views: dict[str, tuple[Tensor, ...]]) -> bool:
+    return not term.statistic or views[term.inputs][0].shape[-2] > 1
+
 # %% ../../nbs/1_nn/17_regularizer.ipynb #aux037
 @patch
 def forward(self: Regularizer,
@@ -277,9 +285,10 @@ def forward(self: Regularizer,
     "Each active term. Raises `SettingsError` for a missing view, and in training for a batch of one."
     self._refuse(z, predicted)
     views, terms = self._views(z, predicted), {}
-    with torch.autocast(z.device.type, enabled=False):
+    with _autocast_off(z.device):
         for name, term in self.declared.items():
-            if term.projected: terms[name] = self.terms[name](*views[term.inputs])
+            if term.projected and _has_samples(term, views):
+                terms[name] = self.terms[name](*views[term.inputs])
     for name, term in self.declared.items():
         if not term.projected: terms[name] = self.terms[name](z, actions)
     return terms

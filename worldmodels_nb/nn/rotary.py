@@ -14,15 +14,16 @@ from fastcore.basics import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from ..settings import SettingsError
 
 # %% ../../nbs/1_nn/15_rotary.ipynb #554016f3
 def part_width(
     head_dim: int,  # d: width of one attention head
 ) -> int:           # p: even, at least 2
-    "How many numbers of a head turn with each of time, row and column. Raises `ValueError` below 6."
+    "How many numbers of a head turn with each of time, row and column. Raises `SettingsError` below 6."
     if head_dim < 6:
-        raise ValueError(f"a head of width {head_dim} has no room for a pair each of time, row and column; "
-                         "it needs 6: take fewer heads or a larger width")
+        raise SettingsError(f"a head of width {head_dim} has no room for a pair each of time, row and "
+                            "column; it needs 6: take fewer heads or a larger width")
     return 2 * (head_dim // 3 // 2)
 
 def grid_positions(
@@ -62,7 +63,7 @@ def rotate(
 
 # %% ../../nbs/1_nn/15_rotary.ipynb #63f93114
 class RotaryAttention(nn.Module):
-    "Multi-head attention, queries and keys turned by their place (Su et al., 2021). Raises `ValueError`."
+    "Multi-head attention, queries and keys turned by their place (Su et al., 2021). Raises `SettingsError`."
     def __init__(self,
         dim: int,              # D: token width
         heads: int,            # must divide dim; dim/heads ≥ 6
@@ -70,8 +71,8 @@ class RotaryAttention(nn.Module):
     ):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"token width {dim} is not divisible by {heads} attention heads; "
-                             "change one of the two")
+            raise SettingsError(f"token width {dim} is not divisible by {heads} attention heads; "
+                                "change one of the two")
         part_width(dim // heads)
         self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -123,7 +124,7 @@ class MLP(nn.Module):
 
 # %% ../../nbs/1_nn/15_rotary.ipynb #rot007
 class RotaryBlock(nn.Module):
-    "Pre-norm transformer block with rotary attention, as in V-JEPA 2. Raises `ValueError`."
+    "Pre-norm transformer block with rotary attention, as in V-JEPA 2. Raises `SettingsError`."
     def __init__(self,
         dim: int,                # D: token width
         heads: int,              # must divide dim
@@ -131,8 +132,11 @@ class RotaryBlock(nn.Module):
         dropout: float = 0.0,    # share of attention weights dropped in training
     ):
         super().__init__()
+        if (hidden := round(dim * mlp_ratio)) < 1:
+            raise SettingsError(f"mlp_ratio = {mlp_ratio} leaves an MLP no hidden number at a token width of "
+                                f"{dim}; raise it")
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), RotaryAttention(dim, heads, dropout)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, round(dim * mlp_ratio))
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, hidden)
 
 # %% ../../nbs/1_nn/15_rotary.ipynb #rot009
 @patch

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['READ_EVERY', 'on_host', 'Progress', 'read_metrics', 'Metrics', 'generator_states', 'restore_generators',
-           'evaluation_mode', 'fixed_parts', 'Validation', 'BestWeights', 'EarlyStopping', 'Pictures', 'NaNGuard']
+           'evaluation_mode', 'fixed_parts', 'broken_data', 'Validation', 'BestWeights', 'EarlyStopping', 'Pictures',
+           'NaNGuard']
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #a99a8067
 import io, json, math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..data.datasets import Windows
-from ..settings import TrainingSettings, write_whole
+from ..settings import FileError, TrainingSettings, read_json_lines, write_whole, writing
 from .fit import Callback, Run, Trainable, TrainingError, save_weights
 from ..viz import save_figure
 
@@ -26,10 +28,11 @@ from ..viz import save_figure
 READ_EVERY = 10  # steps between readings of numbers from the device
 
 def on_host(
-    values: Mapping[str, Tensor],  # scalars, all on one device
+    values: Mapping[str, Tensor],  # scalars, on the device of the first
 ) -> dict[str, float]:
     "Read many scalars with one transfer."
-    stacked = torch.stack([value.detach().float() for value in values.values()])
+    device = next(iter(values.values())).device
+    stacked = torch.stack([value.detach().float().to(device) for value in values.values()])
     return dict(zip(values, stacked.tolist()))
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #f7e0eb88
@@ -43,26 +46,38 @@ class Progress(Callback):
 
     def on_start(self, run: Run) -> None:
         "Draw the bar; after a restart it begins where the run does."
-        self.bar = tqdm(total=run.settings.steps, initial=run.step, desc=self.label, unit="step",
-                        file=self.file)
+        self.bar = tqdm(disable=True)
+        with self._undisturbed():
+            self.bar = tqdm(total=run.settings.steps, initial=run.step, desc=self.label, unit="step",
+                            file=self.file)
 
     def on_step(self, run: Run) -> None:
         "Move it by one."
         if run.due(READ_EVERY):
             self.bar.set_postfix(on_host({"loss": run.losses.total}), refresh=False)
-        self.bar.update()
+        with self._undisturbed(): self.bar.update()
 
     def on_end(self, run: Run) -> None:
         "Leave it standing, finished."
-        self.bar.close()
+        with self._undisturbed(): self.bar.close()
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        try: yield
+        except (OSError, ValueError): self.bar.disable = True  # a screen that is gone stops no training
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #79eb6893
 def read_metrics(
     path: str | Path,  # a metrics.jsonl, perhaps still being written
 ) -> list[dict[str, float]]:
-    "The rows written so far; an unfinished last line is left out."
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    "The rows written so far; an unfinished last line is left out. Raises `TrainingError`."
+    mend = "delete it, and its curves are drawn from the next row on"
+    try: rows = read_json_lines(path, mend)
+    except FileError as error: raise TrainingError(str(error)) from None
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int or any(type(value) not in (int, float) for value in row.values()):
+            raise TrainingError(f"{path} is damaged in line {number}: it is no row of numbers; {mend}")
+    return rows
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #c72adc31
 class Metrics(Callback):
@@ -85,16 +100,23 @@ class Metrics(Callback):
         terms = {f"train/{name}": term for name, term in run.losses.terms.items()}
         numbers = on_host({"train/total": run.losses.total, **terms, "grad_norm": run.grad_norm})
         run.log = {"lr": run.learning_rate, "seconds": round(run.seconds, 3), **numbers, **run.log}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": run.step, **run.log}) + "\n")
+        row = {name: value for name, value in run.log.items() if math.isfinite(value)}
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": run.step, **row}) + "\n")
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #d5e786ad
+def _device_module(device: torch.device) -> Any:  # None where there is no generator beside the CPU's
+    return None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+
+def _which(device: torch.device) -> tuple:        # of several devices, where a machine may have them
+    return (device,) if device.type == "cuda" else ()
+
 def generator_states(
     device: torch.device,  # where the model is
 ) -> dict[str, Tensor]:    # by device type, uint8
     "States of torch's random number generators: the CPU's, and the device's own."
     states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu": states[device.type] = torch.get_device_module(device).get_rng_state()
+    if own := _device_module(device): states[device.type] = own.get_rng_state(*_which(device))
     return states
 
 def restore_generators(
@@ -103,8 +125,8 @@ def restore_generators(
 ) -> None:
     "Put the generators back; the state of a device that is not used here is left out."
     torch.set_rng_state(states["cpu"])
-    if device.type != "cpu" and device.type in states:
-        torch.get_device_module(device).set_rng_state(states[device.type])
+    own = _device_module(device)
+    if own and device.type in states: own.set_rng_state(states[device.type], *_which(device))
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #48646a56
 @contextmanager
@@ -133,6 +155,18 @@ def fixed_parts(
     chosen = np.random.default_rng(0).permutation(windows)[:batch_size * batches]
     return np.array_split(chosen, math.ceil(len(chosen) / batch_size))
 
+# %% ../../nbs/2_training/21_callbacks.ipynb #e0c12946
+def broken_data(
+    batch: Any,  # a tensor, or what holds some, such as a `Batch`
+) -> str:        # such as "NaN in states, rewards"; empty if all is finite
+    "What in a batch is not finite, by name."
+    parts = {"the batch": batch} if isinstance(batch, Tensor) else getattr(batch, "__dict__", {})
+    floats = {name: t for name, t in parts.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    for word, is_bad in (("NaN", torch.isnan), ("infinite numbers", torch.isinf)):
+        bad = [name for name, t in floats.items() if is_bad(t).any()]
+        if bad: return f"{word} in {', '.join(bad)}"
+    return ""
+
 # %% ../../nbs/2_training/21_callbacks.ipynb #d0cb7e76
 class Validation(Callback):
     "The loss on fixed windows, as `val/…` in `run.log`. Raises `TrainingError` if it is not finite."
@@ -148,7 +182,9 @@ class Validation(Callback):
         if not run.due(self.every): return
         values = self.measure(run.model, run.grad_norm.device)
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise TrainingError(f"step {run.step}: {bad[-1]} is not finite; look for broken validation data. "
+            broken = next(filter(None, (broken_data(self.windows.batch(part)) for part in self.parts)), "")
+            why = f"the validation data hold {broken}" if broken else "look for broken validation data"
+            raise TrainingError(f"step {run.step}: {bad[-1]} is not finite; {why}. "
                                 f"Last good checkpoint: {run.checkpoint or 'none'}")
         run.log |= values
 
@@ -168,6 +204,8 @@ def measure(self: Validation,
     return on_host({name: value / n for name, value in sums.items()})
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #61947bb3
+_NOTHING_YET = {"best_value": math.inf, "best_step": 0, "waited": 0, "best_hash": ""}
+
 class BestWeights(Callback):
     "Writes the weights whenever `val/total` falls by more than delta below the best so far."
     def __init__(self,
@@ -177,8 +215,13 @@ class BestWeights(Callback):
         self.path, self.delta = path, delta
 
     def on_start(self, run: Run) -> None:
-        "Nothing is best yet, unless a restart knows better."
-        run.resume_state = {"best_value": math.inf, "best_step": 0, "waited": 0, **run.resume_state}
+        "Nothing is best yet, unless a restart knows better. Raises `TrainingError` if it cannot."
+        if not run.checkpoint: run.resume_state = {**_NOTHING_YET, **run.resume_state}
+        kept = [run.resume_state.get(name) for name in _NOTHING_YET]
+        if not all(isinstance(value, kind) for value, kind in zip(kept, ((int, float), int, int, str))) \
+                or not 0 <= kept[1] <= run.step or kept[2] < 0:
+            raise TrainingError(f"{run.checkpoint} does not say which weights were the best; "
+                                "start over with resume=False")
 
     def on_step(self, run: Run) -> None:
         "Compare, wherever there was a validation."
@@ -186,11 +229,12 @@ class BestWeights(Callback):
         run.resume_state["waited"] += 1
         if run.log["val/total"] < run.resume_state["best_value"] - self.delta:
             run.resume_state.update(best_value=run.log["val/total"], best_step=run.step, waited=0)
-            save_weights(run.model, self.path)
+            run.resume_state["best_hash"] = save_weights(run.model, self.path)
 
     def on_end(self, run: Run) -> None:
         "A run that was stopped before its first validation keeps what it has."
-        if not run.resume_state["best_step"]: save_weights(run.model, self.path)
+        if not run.resume_state["best_step"]:
+            run.resume_state["best_hash"] = save_weights(run.model, self.path)
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #e63bc571
 class EarlyStopping(Callback):
@@ -221,7 +265,7 @@ class Pictures(Callback):
         "Draw, if it is time."
         if not run.due(self.every): return
         with evaluation_mode(run.model): figure = self.picture(run.step)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder): self.folder.mkdir(parents=True, exist_ok=True)
         save_figure(figure, self.folder / f"{self.name}_{run.step:06d}.png")
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #5128240e
@@ -245,7 +289,9 @@ class NaNGuard(Callback):
 def before_update(self: NaNGuard, run: Run) -> None:
     "Note on the device whether all is finite, and keep AdamW from using what is not."
     watched = {**run.losses.terms, "total": run.losses.total, "gradient norm": run.grad_norm}
-    values = torch.stack([value.detach().float() for value in watched.values()])    # (terms + 2,)
+    device = run.grad_norm.device
+    if device.type == "meta": return                               # no numbers there, and none to lose
+    values = torch.stack([value.detach().float().to(device) for value in watched.values()])  # (terms + 2,)
     if list(watched) != self.names:                                # first step, or a term came or went
         self._look(run)
         self.names, self.finite = list(watched), torch.ones_like(values, dtype=torch.bool)
@@ -259,7 +305,10 @@ def _look(self: NaNGuard, run: Run) -> None:
     if not self.names or self.finite.all(): return
     bad = [name for name, finite in zip(self.names, self.finite.tolist()) if not finite]
     good = int(self.good)
+    broken = broken_data(run.sample(good))                         # the batch of that step, once more
+    why = f", because the data hold {broken}" if broken else ""
+    mend = "Mend the data or collect others" if broken else (
+        f"Lower train.learning_rate (now {run.settings.learning_rate}), or look for broken data")
     raise TrainingError(
-        f"step {good + 1}: {bad[0]} is not finite, and the weights are still those of step {good}. "
-        f"Last good checkpoint: {run.checkpoint or 'none'}. Lower train.learning_rate (now "
-        f"{run.settings.learning_rate}) and train into another folder, or look for broken data")
+        f"step {good + 1}: {bad[0]} is not finite{why}, and the weights are still those of step {good}. "
+        f"Last good checkpoint: {run.checkpoint or 'none'}. {mend}, and train into another folder")

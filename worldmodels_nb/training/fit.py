@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NORMS', 'LossTerms', 'weighted', 'Trainable', 'learning_rate', 'spared_from_decay', 'TrainingError', 'make_optimizer',
            'Run', 'Callback', 'fit', 'fit_windows', 'History', 'in_steps', 'tensor_bytes', 'weights_bytes',
-           'weights_hash', 'save_weights', 'differences', 'WeightsError', 'load_weights', 'freeze', 'count_parameters']
+           'weights_hash', 'save_weights', 'differences', 'WeightsError', 'plain_name', 'load_weights', 'freeze',
+           'count_parameters']
 
 # %% ../../nbs/2_training/20_fit.ipynb #1936ae7b
 import hashlib, math, time
@@ -13,12 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
-from safetensors import SafetensorError
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from ..data.datasets import Batch, Windows
-from ..settings import TrainingSettings, write_whole
+from ..settings import TrainingSettings, one_line, write_whole
 
 # %% ../../nbs/2_training/20_fit.ipynb #f8ff0600
 @dataclass
@@ -27,7 +27,6 @@ class LossTerms:
     total: Tensor             # scalar, differentiable
     terms: dict[str, Tensor]  # each term's unweighted value, detached scalars
 
-# %% ../../nbs/2_training/20_fit.ipynb #5ef0efbe
 def weighted(
     terms: dict[str, Tensor],    # scalars by name
     weights: dict[str, float],   # factor of each; a missing one counts 1
@@ -82,7 +81,6 @@ def spared_from_decay(
 class TrainingError(ValueError):
     "Training cannot start or go on; one sentence says why, and how to mend it."
 
-# %% ../../nbs/2_training/20_fit.ipynb #8f8b1a19
 def make_optimizer(
     model: nn.Module,            # what to train; frozen parameters are left out
     settings: TrainingSettings,  # learning_rate and weight_decay
@@ -95,7 +93,8 @@ def make_optimizer(
         raise TrainingError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
     decayed = {"params": groups[False], "weight_decay": settings.weight_decay}
     undecayed = {"params": groups[True], "weight_decay": 0.0}
-    return torch.optim.AdamW([decayed, undecayed], lr=settings.learning_rate, fused=True)
+    fused = next(model.parameters()).device.type != "meta"  # a device without numbers has no kernels
+    return torch.optim.AdamW([decayed, undecayed], lr=settings.learning_rate, fused=fused)
 
 # %% ../../nbs/2_training/20_fit.ipynb #155b0bbe
 @dataclass
@@ -113,6 +112,7 @@ class Run:
     resume_state: dict[str, float] = field(default_factory=dict)  # numbers that a restart must know
     checkpoint: str = ""              # where the run could be taken up again; empty for nowhere
     began: float = field(default_factory=time.perf_counter)  # clock reading at step 0, moved by a restart
+    sample: Callable[[int], Batch] | None = None  # the batch of a step again, for who must look into it
 
 # %% ../../nbs/2_training/20_fit.ipynb #0f2edcf2
 @patch(as_prop=True)
@@ -135,6 +135,12 @@ class Callback:
     def on_step(self, run: Run) -> None: "After each update."
     def on_end(self, run: Run) -> None: "After the last step, or the one that set `run.stop`."
 
+# %% ../../nbs/2_training/20_fit.ipynb #e2b18129
+def _autocast(device: str | torch.device, settings: TrainingSettings) -> torch.autocast:
+    kind = torch.device(device).type
+    half = settings.bf16 and torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind if half else "cpu", torch.bfloat16, enabled=half)
+
 # %% ../../nbs/2_training/20_fit.ipynb #c80d2adb
 def fit(
     model: Trainable,                 # anything with loss(batch) and after_step(step, steps)
@@ -144,13 +150,13 @@ def fit(
     device: str | torch.device = "cpu",  # where to compute
 ) -> Run:                             # the run as it ended; the model is trained in place
     "Train by one plain loop. Raises `TrainingError` if nothing can be trained."
-    run = Run(model.to(device).train(), make_optimizer(model, settings), settings)
+    run = Run(model.to(device).train(), make_optimizer(model, settings), settings, sample=sample)
     for callback in callbacks: callback.on_start(run)
     while run.step < settings.steps and not run.stop:
         run.log, run.learning_rate = {}, learning_rate(run.step, settings.steps, settings)
         for group in run.optimizer.param_groups: group["lr"] = run.learning_rate
         run.optimizer.zero_grad()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.bf16):
+        with _autocast(device, settings):
             run.losses = model.loss(sample(run.step).to(device))
         run.losses.total.backward()
         run.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
@@ -195,26 +201,26 @@ class History(Callback):
         "The values of one term."
         return [row[name] for row in self.rows if name in row]
 
-# %% ../../nbs/2_training/20_fit.ipynb #02e93e2b
-@patch
-def lines(self: History,
-    *names: str,        # total, or terms; none for all the terms
-) -> dict[str, tuple]:  # {name: (steps, values, None, None)}
-    "What `viz.curves` draws."
-    found = dict.fromkeys(name for row in self.rows for name in row)
-    names = names or [name for name in found if name not in ("step", "total")]
-    steps = {name: [row["step"] for row in self.rows if name in row] for name in names}
-    return {name: (steps[name], self[name], None, None) for name in names}
+    def lines(self,
+        *names: str,        # total, or terms; none for all the terms
+    ) -> dict[str, tuple]:  # {name: (steps, values, None, None)}
+        "What `viz.curves` draws."
+        found = dict.fromkeys(name for row in self.rows for name in row)
+        names = names or [name for name in found if name not in ("step", "total")]
+        steps = {name: [row["step"] for row in self.rows if name in row] for name in names}
+        return {name: (steps[name], self[name], None, None) for name in names}
 
 # %% ../../nbs/2_training/20_fit.ipynb #d6045e96
 def in_steps(
     settings: TrainingSettings,  # perhaps with epochs
     windows: int,                # training windows there are
 ) -> TrainingSettings:           # the same, with steps and without epochs
-    "Turn passes over the data into gradient steps."
+    "Turn passes over the data into gradient steps. Raises `TrainingError` for more than 10¹² of them."
     if settings.epochs is None: return settings
-    steps = max(1, math.ceil(settings.epochs * windows / settings.batch_size))
-    return settings.model_copy(update={"steps": steps, "epochs": None})
+    steps = settings.epochs * windows / settings.batch_size
+    if steps > 1e12:
+        raise TrainingError(f"train.epochs = {settings.epochs:g} are {steps:.0e} steps; lower train.epochs")
+    return settings.model_copy(update={"steps": max(1, math.ceil(steps)), "epochs": None})
 
 # %% ../../nbs/2_training/20_fit.ipynb #3d81dd70
 def tensor_bytes(
@@ -230,7 +236,6 @@ def weights_bytes(
     "The model's weights and buffers as the content of a file."
     return tensor_bytes(model.state_dict())
 
-# %% ../../nbs/2_training/20_fit.ipynb #6d51c75d
 def weights_hash(
     model: nn.Module,  # any module
 ) -> str:              # 64 hexadecimal digits
@@ -241,16 +246,21 @@ def save_weights(
     model: nn.Module,  # any module
     path: str | Path,  # file to make or replace
 ) -> str:              # weights_hash of the model
-    "Write the weights, whole or not at all."
+    "Write the weights, whole or not at all. Raises `WriteError`."
     content = weights_bytes(model)
     write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
 
 # %% ../../nbs/2_training/20_fit.ipynb #5713bc14
-def _kind(t: Tensor) -> str: return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+def _kind(t: object) -> str:
+    if not isinstance(t, Tensor): return f"no tensor but {type(t).__name__}"
+    layout = "" if t.layout == torch.strided else f" {t.layout}"
+    return f"{tuple(t.shape)} {t.dtype}{layout}".replace("torch.", "")
+
+def _shown(name: object) -> str: return ascii(name)[:80] if not str(name).isprintable() else str(name)[:80]
 
 def differences(
-    found: Mapping[str, Tensor],   # tensors by name, as read
+    found: Mapping[str, Tensor],   # tensors by name, as read: there may be anything
     wanted: Mapping[str, Tensor],  # tensors by name, as the model has them
 ) -> str:                          # empty if they fit
     "Say which tensors do not fit, the first three by name."
@@ -259,24 +269,49 @@ def differences(
         if name not in found: clauses.append(f"{name} is missing")
         elif _kind(found[name]) != _kind(t):
             clauses.append(f"{name} is {_kind(found[name])}, the model's is {_kind(t)}")
-    clauses += [f"the model has no {name}" for name in found if name not in wanted]
+    clauses += [f"the model has no {_shown(name)}" for name in found if name not in wanted]
     return "; ".join(clauses[:3]) + (f"; and {len(clauses) - 3} more" if len(clauses) > 3 else "")
 
-# %% ../../nbs/2_training/20_fit.ipynb #5d13d9b9
+# %% ../../nbs/2_training/20_fit.ipynb #1081429f
 class WeightsError(ValueError):
     "A file of weights that cannot be used; one sentence names it and says why."
 
-def _tensors_in(path: Path, expected: str | None) -> dict[str, Tensor]:
+def _content_of(path: Path, expected: str | None) -> bytes:
     try: content = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"cannot read weights from {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise WeightsError(f"cannot read weights from {path}: {reason}") from None
     if expected and hashlib.sha256(content).hexdigest() != expected:
         raise WeightsError(f"{path} is not the file that training wrote (its SHA-256 differs); "
                            "train again, or bring the file back")
+    return content
+
+def _tensors_in(path: Path, content: bytes) -> dict[str, Tensor]:
+    if content.startswith((b"PK", b"\x80")):
+        raise WeightsError(f"{path} is not a whole safetensors file but one by torch.save, which could hold "
+                           "code and is not opened; write its tensors with safetensors.torch.save_file")
     try: return safetensors.torch.load(content)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); "
+    except Exception as error:  # whatever a foreign header makes the library say
+        raise WeightsError(f"{path} is not a whole safetensors file ({one_line(error)}); "
                            "it is damaged, cut short, or something else") from None
+
+# %% ../../nbs/2_training/20_fit.ipynb #e2e2c86d
+def plain_name(
+    name: str,  # of a tensor, perhaps of a wrapped model
+) -> str:       # without _orig_mod anywhere, and without module before it
+    "The name that a tensor has in the model itself."
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module": del parts[0]
+    return ".".join(parts)
+
+def _under_our_names(found: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path) -> dict:
+    ours, renamed = {plain_name(name): name for name in own}, {}
+    for name, t in found.items():
+        new = name if name in own else ours.get(plain_name(name), name)
+        if new in renamed:
+            raise WeightsError(f"{path} holds {new} twice, once as {_shown(name)}; keep one of them")
+        renamed[new] = t
+    return renamed
 
 # %% ../../nbs/2_training/20_fit.ipynb #247cfe08
 def load_weights(
@@ -285,7 +320,8 @@ def load_weights(
     expected: str | None = None,  # its SHA-256, where one was noted
 ) -> None:
     "Put weights from a file into the model. Raises `WeightsError`."
-    found = _tensors_in(Path(path), expected)
+    found = _tensors_in(Path(path), _content_of(Path(path), expected))
+    found = _under_our_names(found, model.state_dict(), path)
     if unlike := differences(found, model.state_dict()):
         raise WeightsError(f"{path} holds weights of another {type(model).__name__}: {unlike}")
     model.load_state_dict(found)

@@ -7,7 +7,7 @@ __all__ = ['END', 'JOURNAL_SCHEMA', 'ANSWER_WITHIN', 'UPLOAD_WITHIN', 'LOG_IN', 
            'ThreadedTracker', 'Journal', 'Once', 'run_name', 'WandbTracker', 'make_tracker']
 
 # %% ../../nbs/2_training/23_tracking.ipynb #b109b43c
-import io, json, os, queue, secrets, threading, warnings
+import io, json, os, queue, secrets, sys, threading, warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -15,8 +15,7 @@ from typing import Any, Literal
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from PIL import Image
-from ..settings import write_whole
-from .callbacks import read_metrics
+from ..settings import one_line, read_json_lines, write_whole, writing
 from .fit import Callback, Run
 from ..viz import png_bytes
 
@@ -62,10 +61,12 @@ class Tracking(Callback):
 class TrackingWarning(UserWarning):
     "Tracking is not as it was asked for; one sentence says why. The run goes on."
 
-def _warn(sentence: str) -> None: warnings.warn(sentence, TrackingWarning, stacklevel=3)
+def _warn(sentence: str) -> None:
+    try: warnings.warn(sentence, TrackingWarning, stacklevel=3)
+    except TrackingWarning: print(sentence, file=sys.stderr)  # where Python is told to raise its warnings
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(":. ")
+def _reason(error: BaseException) -> str:
+    return one_line(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]).rstrip(":. ")
 
 # %% ../../nbs/2_training/23_tracking.ipynb #12c079d1
 class ThreadedTracker(Tracker):
@@ -123,12 +124,18 @@ def _end(self: ThreadedTracker) -> None:
 def _work(self: ThreadedTracker) -> None:
     for do, *what in iter(self.notes.get, END):
         try: do(*what)
-        except Exception as error:  # whatever it is, it is not worth a training
+        except BaseException as error:  # whatever it is, it is not worth a training
             self.failure = _reason(error)
             return
 
 # %% ../../nbs/2_training/23_tracking.ipynb #36d0785e
 JOURNAL_SCHEMA = 1
+
+def _check_journal(path: Path, head: dict, rows: list[dict], mend: str) -> None:
+    named = isinstance(head.get("id"), str) and isinstance(head.get("name"), str)
+    counted = all(isinstance(row.get("part"), str) and type(row.get("step")) is int for row in rows)
+    if not (named and counted):
+        raise ValueError(f"{path} is damaged: it is no list of parts and steps; {mend}")
 
 class Journal:
     "What a run is called elsewhere, and how far each part got: a file. Raises `ValueError`."
@@ -137,9 +144,11 @@ class Journal:
         name: str,   # what to call the run if it is new
     ):
         new = {"schema_version": JOURNAL_SCHEMA, "id": secrets.token_hex(4), "name": name}
-        head, *rows = (read_metrics(path) if path.exists() else []) or [new]
-        if head.get("schema_version") != JOURNAL_SCHEMA:
-            raise ValueError(f"{path} is of another version; delete it to track this run under a new name")
+        mend = "delete it to track this run under a new name"
+        head, *rows = (read_json_lines(path, mend) if path.exists() else []) or [new]
+        if type(version := head.get("schema_version")) is not int or version != JOURNAL_SCHEMA:
+            raise ValueError(f"{path} is of another version; {mend}")
+        _check_journal(path, head, rows, mend)
         self.path, self.id, self.name = path, head["id"], head["name"]
         self.sent = {row["part"]: row["step"] for row in rows}  # of each part the last line counts
         lines = [json.dumps(row) + "\n" for row in (head, *rows)]
@@ -154,7 +163,7 @@ def new(self: Journal,
     "Note a step, and say whether it is beyond all that were noted."
     if step <= self.sent.get(part, -1): return False
     self.sent[part] = step
-    with open(self.path, "a", encoding="utf-8") as file:
+    with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"part": part, "step": step}) + "\n")
     return True
 
