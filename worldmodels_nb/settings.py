@@ -526,7 +526,7 @@ class TrainingSettings(Section):
     weight_decay: float = knob(1e-4, "AdamW's pull to zero; norms and biases are spared", ge=0, le=1)
     warmup: float = knob(0.05, "share of steps over which the rate rises", "share", ge=0, le=1)
     schedule: Literal["cosine", "constant"] = knob("cosine", "what the rate does after warming up")
-    grad_clip: float = knob(1.0, "largest norm of the gradient; 0 does not clip", ge=0, le=10**6)
+    grad_clip: float = knob(1.0, "largest norm of the gradient; 0 does not clip", ge=0, le=10**9)
     bf16: bool = knob(
         False, "compute losses in bfloat16 where that is safe (autocast); weights stay float32")
     validate_every: int = knob(100, "steps between validations", "steps", ge=1, le=10**9)

@@ -196,7 +196,7 @@ def curves(
     if log: ax.set_yscale("log")
     elif zero and lowest >= 0: ax.set_ylim(bottom=0)
     ax.set(xlabel=xlabel, ylabel=ylabel if n is None else f"{ylabel} (n = {n})")
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
+    if series: ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
 # %% ../nbs/0_data/01_viz.ipynb #76cc2f8e

@@ -17,6 +17,7 @@ import torch
 
 from worldmodels_nb.data import collect
 from worldmodels_nb.data.collect import gather, is_reproducible
+from worldmodels_nb.data.datasets import write_dataset
 from worldmodels_nb.data.policies import CollectError
 from worldmodels_nb.data.tworooms import EnvError, TwoRoomsEnv, TwoRoomsVectorEnv
 
@@ -505,3 +506,11 @@ def test_what_depends_on_its_seed_is_reproducible_and_is_not_stepped_long(small,
 def test_an_environment_that_never_works_is_equally_bad_twice(faulty):
     assert is_reproducible(faulty(dict.fromkeys(range(3), ("reset", 0))))
     assert not is_reproducible(faulty({0: ("raise", 2)}))
+
+
+@pytest.mark.parametrize("fault", [("reset", 0), ("raise", 1), ("old", 1)])
+@pytest.mark.parametrize("first", [2, 3, 4])
+def test_a_dataset_keeps_what_came_before_an_environment_broke_for_good(faulty, fault, first, tmp_path):
+    broken = faulty(dict.fromkeys(range(first, 9), fault), 9)
+    with pytest.warns(UserWarning, match=f"keeps {first} episodes: three episodes in a row"):
+        assert len(write_dataset(broken, tmp_path / "kept", progress=False)) == first

@@ -186,3 +186,14 @@ def test_without_states_the_panel_has_no_probe_and_wide_latents_are_few(sample):
     windows = Windows(sample, np.arange(8), 1, latents=wide, frames=False)
     rows = collapse_results(Still(), windows, None, "m", 0, "cpu")
     assert "probe_r2" not in {row["metric"] for row in rows} and {row["n"] for row in rows} == {32}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+@pytest.mark.parametrize("alike", [False, True])
+def test_of_a_handful_of_transitions_there_is_no_inverse_probe_and_all_else_is_there(n, alike):
+    z = torch.ones(n, 2, 3) if alike else noise(n, 2, 3)
+    panel = collapse_panel(z, z if alike else z + 1, noise(n, 2, seed=1), z, probe_r2=0.5)
+    assert ("inverse_r2" in panel) == (n >= 4)
+    numbers = {name: value for name, value in panel.items() if name not in ("spectrum", "prediction_ratio")}
+    assert all(math.isfinite(value) for value in numbers.values())
+    assert math.isnan(panel["prediction_ratio"]) == alike                    # nothing ever changes

@@ -313,3 +313,18 @@ def test_rows_of_an_untrained_encoder_are_a_baseline_with_the_same_numbers(sampl
     assert [row["value"] for row in own] == [row["value"] for row in other]
     assert {(row["kind"], row["head"], row["model"]) for row in other} == {("baseline", "untrained", "jepa")}
     assert own[0]["metric"] == "mlp r2 agent x"
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 3), (4, 8)])
+def test_one_frame_normalises_nothing_in_training_and_is_decoded_in_evaluation(shape):
+    decoder, frames = StateDecoder(shape, (3, 16, 16), 4), torch.zeros(1, 1, 3, 16, 16, dtype=torch.uint8)
+    lone = Batch(frames, None, None, None, None, torch.randn(1, 1, *shape))
+    with pytest.raises(EvaluationError, match="train.state_decoder.batch_size"): decoder.train().loss(lone)
+    assert decoder.seen == 0                                                 # refused before anything changed
+    assert decoder.eval().loss(lone).total.isfinite()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("value", [0., 3., 1e6])
+def test_what_does_not_vary_has_no_spread(n, value):
+    assert (spread(torch.full((n, 3), value)) == 0).all()

@@ -13,6 +13,7 @@ from worldmodels_nb.eval.results import (
     MODEL,
     EvaluationError,
     Source,
+    as_float64,
     bootstrap_interval,
     bootstrap_ratio,
     independent_windows,
@@ -135,3 +136,18 @@ def test_what_has_no_model_in_it_names_none(source, model, name):
     row = result_row("rollout", "position", 1., model="jepa", source=source)
     assert (row["model"], row["head"], row["kind"]) == (model, source.name, source.kind)
     assert label(row) == name
+
+
+NUMBERS = {
+    "a float": 0.1, "half": torch.tensor([0.5, 2.]).half(), "bytes": torch.tensor([3], dtype=torch.uint8),
+    "bfloat": torch.ones(2, dtype=torch.bfloat16), "learnt": torch.ones(2, requires_grad=True) * 3,
+}
+
+
+@pytest.mark.parametrize("values", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_of_any_kind_are_added_up_in_float64(values):
+    found = as_float64(values)
+    assert found.dtype == torch.float64 and found.device.type == "cpu" and not found.requires_grad
+    assert torch.equal(found, torch.as_tensor(values, dtype=torch.float64).detach())
+    if found.numel() < 2: return
+    for call in (bootstrap_interval, lambda x: bootstrap_ratio(x, x)): assert np.isfinite(call(values)).all()

@@ -33,13 +33,13 @@ def made(name, tiny, **own):
     return fresh_model(name, tiny(**own), DataSpec((3, 16, 16), JOYSTICK, [], []), frames)
 
 
-@pytest.mark.parametrize("name, kind", itertools.product(["encdec", "encdec_jepa", "jepa", "vjepa2"], FEW))
+@pytest.mark.parametrize("name, kind", [*itertools.product(["encdec", "encdec_jepa", "jepa", "vjepa2"], FEW)])
 def test_every_term_of_validation_is_a_number(name, kind, tiny):
     model, batch = made(name, tiny, loss=VIEWS, **VJEPA2).eval(), few(kind)
     losses = model.loss(batch)
     assert losses.total.isfinite() and all(t.isfinite() for t in losses.terms.values())
     lone = kind in ("one short window", "one, and grey") and name != "vjepa2"
-    assert ("barlow" in losses.terms) == (name != "vjepa2" and not lone)   # one sample correlates with nothing
+    assert ("barlow" in losses.terms) == (name != "vjepa2" and not lone)  # one sample correlates with nothing
 
 
 @pytest.mark.parametrize("clips", [1, 2, 3])

@@ -296,3 +296,318 @@ def test_config_of_another_network_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
     with pytest.raises(ReleasedError, match="hidden_act"):
         load_released(folder)
+
+
+# --- names of wrapped networks, of other networks, and of nobody ----------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module._orig_mod.backbone.", "_orig_mod.module.backbone.", "backbone._orig_mod."],
+)
+def test_compiled_networks_are_read(tmp_path, prefix):
+    file, named = released_file(tmp_path, prefix=prefix)
+    got = load_released(file, heads=2, predictor_heads=2)
+    weights = got.target.state_dict()
+    assert all(torch.equal(t, weights[name]) for name, t in named["target_encoder"].state_dict().items())
+
+
+def rename(folder, how):
+    file = folder / "model.safetensors"
+    tensors = {how(name): t for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module.vjepa2.", "vjepa2._orig_mod."])
+def test_wrapped_networks_of_transformers_are_read(folder, prefix):
+    before = load_released(folder).encoder.state_dict()
+    after = load_released(rename(folder, lambda name: f"{prefix}{name}")).encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_compiled_block_of_transformers_is_read(folder):
+    assert all(load_released(rename(folder, lambda n: n.replace("mlp.", "mlp._orig_mod."))).report.values())
+
+
+@pytest.mark.parametrize("twin", ["norm.bias", "_orig_mod.norm.bias", "module.norm.bias"])
+def test_a_tensor_under_two_names_is_refused(tmp_path, twin):
+    file, _ = released_file(tmp_path)
+    held = torch.load(file, weights_only=True)
+    held["encoder"][twin] = torch.ones(48)
+    torch.save(held, file)
+    with pytest.raises(ReleasedError, match="norm.bias twice") as caught:
+        load_released(file, 2, 2)
+    assert "\n" not in str(caught.value)
+
+
+NEW_NAMES = ["video_mod_embed", "img_mod_embed", "norms_block.3.weight", "patch_embed_img.proj.weight"]
+
+
+@pytest.mark.parametrize("name", NEW_NAMES)
+@pytest.mark.parametrize("part", ["target_encoder", "ema_encoder", "encoder"])
+def test_vjepa_2_1_is_named(tmp_path, name, part):
+    file, _ = released_file(tmp_path)
+    held = torch.load(file, weights_only=True)
+    held[part] = {f"module.backbone.{name}": torch.zeros(1, 1, 48)} | held.get(part, held["encoder"])
+    torch.save(held, file)
+    with pytest.raises(ReleasedError, match="these are V-JEPA 2.1 weights") as caught:
+        load_released(file, 2, 2)
+    assert str(file) in str(caught.value) and "facebook/vjepa2" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["encoder.video_mod_embed", "encoder.norms_block.0.bias", "img_mod_embed"])
+def test_vjepa_2_1_is_named_in_other_peoples_packaging_too(folder, name):
+    file = folder / "model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(file) | {name: torch.zeros(3)}, file)
+    with pytest.raises(ReleasedError, match="these are V-JEPA 2.1 weights"):
+        load_released(folder)
+
+
+def test_the_distilled_encoders_of_2_1_are_known_by_their_part(tmp_path):
+    torch.save({"ema_encoder": {"blocks.0.norm1.weight": torch.zeros(3)}}, tmp_path / "vjepa2_1_vitb.pt")
+    with pytest.raises(ReleasedError, match="these are V-JEPA 2.1 weights"):
+        load_released(tmp_path / "vjepa2_1_vitb.pt")
+
+
+BLOCKS = [
+    "1000000000",
+    "99999999999999999999",
+    "-1",
+    "00",
+    "01",
+    "\u0663",  # an Arabic three
+    "\u00b2",  # a raised two
+    "1e3",
+    "",
+    "2_0",
+    "4",  # there are two
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("number", BLOCKS, ids=lambda number: ascii(number)[:25])
+@pytest.mark.parametrize("layout", ["ours", "transformers"])
+def test_blocks_of_odd_numbers_are_refused_at_once(tmp_path, request, number, layout):
+    if layout == "ours":
+        path, _ = released_file(tmp_path, add=[("encoder", f"blocks.{number}.norm1.bias", torch.zeros(48))])
+    else:
+        path = request.getfixturevalue("folder")
+        file = path / "model.safetensors"
+        more = {f"encoder.layer.{number}.norm1.bias": torch.zeros(48)}
+        safetensors.torch.save_file(safetensors.torch.load_file(file) | more, file)
+    with pytest.raises(ReleasedError, match="numbered from 0") as caught:
+        load_released(path, 2, 2)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_thousand_blocks_are_refused_at_once(tmp_path):
+    blocks = [("encoder", f"blocks.{i}.norm1.bias", torch.zeros(1)) for i in range(2, 1000)]
+    file, _ = released_file(tmp_path, add=blocks)
+    with pytest.raises(ReleasedError, match="255 at most"):
+        load_released(file, 2, 2)
+
+
+WIDE = 300_000  # of a network with 300 GB
+
+
+@pytest.mark.parametrize(
+    "embed, first",
+    [
+        ((WIDE, 1, 1, 1, 1), (1, WIDE)),
+        ((WIDE, 1, 1, 1, 1), (4, 48)),
+        ((48, 3, 2, 8, 8), (192, 0)),
+        ((48, 3, 2, 8, 8), (192,)),
+        ((48, 3, 2, 8, 8), (192, 48, 1)),
+        ((48,), (192, 48)),
+        ((0, 3, 2, 8, 8), (192, 0)),
+        ((), (192, 48)),
+    ],
+)
+def test_a_file_asks_for_no_more_memory_than_it_is(tmp_path, embed, first):
+    file, _ = released_file(
+        tmp_path,
+        add=[
+            ("encoder", "patch_embed.proj.weight", torch.zeros(embed)),
+            ("encoder", "blocks.0.mlp.fc1.weight", torch.zeros(first)),
+        ],
+    )
+    with pytest.raises(ReleasedError) as caught:
+        load_released(file, 2, 2)
+    assert str(file) in str(caught.value) and len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda: torch.zeros(1).expand(10**9, 48),
+        lambda: torch.zeros(48, 2).to_sparse(),
+        lambda: torch.zeros(48, device="meta"),
+        lambda: torch.zeros(1).expand(48),
+    ],
+)
+def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, odd):
+    file, _ = released_file(tmp_path, add=[("encoder", "norm.bias", odd())])
+    with pytest.raises(ReleasedError, match="norm.bias has no numbers of its own"):
+        load_released(file, 2, 2)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+def test_numbers_of_another_kind_do_not_fit(tmp_path, kind):
+    file, _ = released_file(tmp_path, add=[("encoder", "norm.bias", torch.zeros(48, dtype=kind))])
+    with pytest.raises(ReleasedError, match="misshaped: norm.bias"):
+        load_released(file, 2, 2)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_read(tmp_path, half):
+    file, _ = released_file(tmp_path)
+    held = torch.load(file, weights_only=True)
+    for part in ("encoder", "target_encoder", "predictor"):
+        held[part] = {name: t.to(half) for name, t in held[part].items()}
+    torch.save(held, file)
+    got = load_released(file, 2, 2)
+    kinds = {t.dtype for t in got.encoder.state_dict().values()}
+    assert all(got.report.values()) and kinds == {torch.float32}
+
+
+@pytest.mark.parametrize("odd", [{5: torch.zeros(2)}, {"epoch": 3}, {("a",): torch.zeros(1)}, {"x": [1]}])
+def test_what_is_no_named_tensor_is_left_out(tmp_path, odd):
+    file, _ = released_file(tmp_path)
+    held = torch.load(file, weights_only=True)
+    held["encoder"] |= odd
+    torch.save(held | odd, file)
+    assert all(load_released(file, 2, 2).report.values())
+
+
+# --- files that are damaged, and folders that are not there ---------------------------------------
+
+
+def test_a_number_that_changed_on_the_disk_is_noticed(tmp_path):
+    file, named = released_file(tmp_path)
+    content = file.read_bytes()
+    bits = named["encoder"].state_dict()["norm.weight"].numpy().tobytes()
+    file.write_bytes(content.replace(bits, bits[:7] + bytes([bits[7] ^ 1]) + bits[8:]))
+    with pytest.raises(ReleasedError, match="checksum") as caught:
+        load_released(file, 2, 2)
+    assert "\n" not in str(caught.value)
+
+
+CONFIGS = {
+    "not utf-8": b'{"hidden_act": "\xff"}',
+    "utf-16": '{"hidden_act": "gelu"}'.encode("utf-16"),
+    "cut": b'{"hidden_act": "ge',
+    "a list": b"[1]",
+    "deep": b"[" * 10**5 + b"]" * 10**5,
+    "5,000 digits": b'{"num_attention_heads": ' + b"9" * 5000 + b"}",
+    "nan": b'{"layer_norm_eps": NaN}',
+    "heads a word": b'{"num_attention_heads": "2"}',
+    "no heads": b'{"num_attention_heads": -2}',
+    "many heads": b'{"num_attention_heads": 1000000000}',
+    "heads that do not divide": b'{"num_attention_heads": 5}',
+    "heads true": b'{"num_attention_heads": true}',
+    "heads a list": b'{"num_attention_heads": [2]}',
+    "act a dict": b'{"hidden_act": {"a": 1}}',
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_damaged_config_is_one_sentence(folder, kind):
+    (folder / "config.json").write_bytes(CONFIGS[kind])
+    with pytest.raises(ReleasedError, match="config.json") as caught:
+        load_released(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("heads", [0.5, "2", -1, 7, 48, 10**12, True])
+def test_heads_that_cannot_be_are_refused(tmp_path, heads):
+    file, _ = released_file(tmp_path)
+    with pytest.raises(ReleasedError, match="attention heads") as caught:
+        load_released(file, heads, 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_one_folder_that_hold_the_same_name_are_refused(folder):
+    twin = {"encoder.layernorm.weight": torch.ones(48)}
+    for name in ("a", "b", "other"):
+        safetensors.torch.save_file(twin, folder / f"{name}.safetensors")
+        with pytest.raises(ReleasedError, match="both hold 'encoder.layernorm.weight'"):
+            load_released(folder)
+
+
+def test_one_of_several_files_says_what_is_missing(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    first, *_ = sorted((tmp_path / "shards").glob("*.safetensors"))
+    with pytest.raises(ReleasedError):
+        load_released(first)
+    first.unlink()
+    with pytest.raises(ReleasedError):
+        load_released(tmp_path / "shards")
+
+
+PATHS = [
+    "./facebook/vjepa2",
+    "../facebook/vjepa2",
+    "~/facebook/vjepa2",
+    "/facebook/vjepa2",
+    "facebook/vjepa2/",
+    "facebook//vjepa2",
+    "facebook\\vjepa2",
+    "C:\\weights\\vjepa2",
+    "a/b/c",
+    "vjepa2",
+    "weights/vjepa2",
+    "Models/vjepa2",
+    "data/vjepa2",
+    "nbs/vjepa2",
+    "facebook/vjepa2.pt",
+    "facebook/model.safetensors",
+    "facebook/ vjepa2",
+    "facebook/..",
+    ".hidden/vjepa2",
+    "https://huggingface.co/facebook/vjepa2",
+    "facebook/vjepa2\n",
+    "fäcebook/vjepa2",
+    "~nobody-here/vjepa2",
+    "x" * 5000 + "/y",
+]
+
+
+@pytest.mark.parametrize("name", PATHS, ids=lambda name: ascii(name)[:30])
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(monkeypatch, tmp_path, name):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub (extra: hf) is not installed")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **how: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError) as caught:
+        released_path(name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["facebook/vjepa2-vitl-fpc64-256", "me/my_vjepa.v2", "Org-1/x"])
+def test_a_plain_hub_id_is_asked_of_the_hub_once(monkeypatch, tmp_path, name):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub (extra: hf) is not installed")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **how: asked.append(name) or str(tmp_path))
+    assert released_path(name) == tmp_path and asked == [name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name.partition("/")[0]).mkdir()
+    with pytest.raises(ReleasedError, match="nothing at"):
+        released_path(name)
+    assert asked == [name]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a\nb"), ConnectionError("no"), KeyError("x"), EOFError()])
+def test_whatever_the_hub_raises_is_one_sentence(monkeypatch, error):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub (extra: hf) is not installed")
+
+    def fails(*args, **how):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(ReleasedError, match="cannot be fetched") as caught:
+        released_path("facebook/tiny")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_home_is_expanded(monkeypatch, folder):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert released_path(f"~/{folder.name}") == folder

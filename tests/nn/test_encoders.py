@@ -53,6 +53,14 @@ def test_too_many_convolutions_are_refused():
         made("cnn", 3, 64, **{"encoder.cnn": {"layers": 8, "padding": 0}})
 
 
+@pytest.mark.parametrize("size, kernel, padding", [(8, 9, 0), (12, 15, 1), (8, 15, 3)])
+def test_a_kernel_larger_than_the_frame_is_what_is_named(size, kernel, padding):
+    with pytest.raises(SettingsError, match=f"encoder.cnn.kernel_size = {kernel} is larger"):
+        made("cnn", 3, size, **{"encoder.cnn": {"layers": 2, "kernel_size": kernel, "padding": padding}})
+    just = {"layers": 1, "kernel_size": kernel, "padding": padding}
+    made("cnn", 3, kernel - 2 * padding, **{"encoder.cnn": just})
+
+
 def test_frames_must_be_square():
     with pytest.raises(SettingsError, match="not square"): build_encoder(Settings(), (3, 64, 48))
 

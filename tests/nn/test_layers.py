@@ -63,6 +63,12 @@ def test_stacks_are_the_latest_frames_oldest_first(stack):
 def test_patches_must_fit():
     assert patch_grid(64, 8) == 8
     with pytest.raises(SettingsError, match="60 px cannot be cut into patches of 8 px"): patch_grid(60, 8)
+    with pytest.raises(SettingsError, match="change decoder.patch"): patch_grid(60, 16, "decoder.patch_size")
+
+
+@pytest.mark.parametrize("widths", [[4, -5, 2], [4, 0], [0, 3], [2, 8, 0, 1]])
+def test_layers_without_width_are_refused(widths):
+    with pytest.raises(SettingsError, match="every width must be 1 or more"): mlp(widths)
 
 
 def test_a_discrete_action_is_a_row_and_a_continuous_one_is_mapped():

@@ -4,11 +4,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from device_tools import ELSEWHERE, Device, numbers
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from worldmodels_nb.nn.masks import (
+    all_steps,
     block_mask,
     block_shape,
     check_masks,
@@ -198,3 +200,28 @@ def test_only_hidden_patches_turn_grey():
     assert torch.equal(masked[:2, :, :4, :4], frames[:2, :, :4, :4])
     assert torch.equal(masked[2:, :, 4:, 8:], frames[2:, :, 4:, 8:])
     assert (masked == 200).float().mean().item() == pytest.approx(10 / 12)
+
+
+# where the default device is another one
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (2, 8, 6), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("masking", ["blocks", "random", "tubes"])
+def test_masks_are_drawn_on_the_cpu_wherever_a_model_is_built(masking, grid):
+    s = PretrainSettings(masking=masking, ratio=0.5)
+    with torch.device("meta"):
+        check_masks(s, grid)
+        there = draw_masks(s, 3, grid, seeded())
+    for mask, same in zip(there, draw_masks(s, 3, grid, seeded()), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mask, same))
+
+
+@pytest.mark.parametrize("steps, count", [(1, 4), (3, 6), (4, 9)])
+def test_a_clip_is_masked_where_it_is(steps, count):
+    positions = torch.tensor([[0, 2], [1, 3]])
+    with Device():
+        there = all_steps(positions.to(ELSEWHERE), steps, count)
+        assert torch.equal(numbers(there), all_steps(positions, steps, count))
+        clip = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+        for visible in (torch.tensor([1, 5]), torch.tensor([1, 5]).to(ELSEWHERE)):
+            masked = mask_frames(clip.to(ELSEWHERE), visible, (2, 2, 2))
+            assert torch.equal(numbers(masked), mask_frames(clip, torch.tensor([1, 5]), (2, 2, 2)))

@@ -432,6 +432,31 @@ def test_a_batch_of_one_is_refused_in_training_and_measured_in_validation(name):
     assert module.eval()(z, None, z[:, 1:])[name].isfinite()
 
 
+@pytest.mark.parametrize("name", ["barlow", "dino", "sigreg", "variance", "smoothness", "inverse"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_one_sample_says_nothing_of_is_left_out_of_a_validation(name, tokens):
+    module = only(shape=(tokens, 4), smoothness=1.0, **({name: 1.0} if name != "smoothness" else {})).eval()
+    z, actions = normal(1, 2, tokens, 4).float(), torch.zeros(1, 1, 2)           # one window of one step
+    terms = module(z, actions, z[:, 1:])
+    assert set(terms) == {"smoothness", name} - {"barlow"}
+    assert all(term.isfinite() for term in terms.values())
+    with pytest.raises(ValueError, match="two samples"): barlow_loss(z[:, 1, :1], z[:, 1, :1])
+
+
+def test_of_several_samples_no_error_is_forgiven(monkeypatch):
+    module, z = only(sigreg=1.0).eval(), normal(1, 2, 1, 4).float()
+    def fails(*views): raise ValueError("another reason")
+    monkeypatch.setattr(module.terms["sigreg"], "forward", fails)
+    with pytest.raises(ValueError, match="another reason"): module(z, None, None)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "meta", "xpu"])
+def test_autocast_is_off_wherever_there_is_one(kind):
+    "A device without it is no error."
+    with torch.autocast("cpu", torch.bfloat16), regularizer._autocast_off(torch.device(kind)):
+        assert torch.is_autocast_enabled("cpu") == (kind != "cpu")
+
+
 # weights, and what is off
 
 weights_of_some = st.dictionaries(st.sampled_from(NAMES), st.floats(0, 30), min_size=1)

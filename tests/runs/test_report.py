@@ -163,6 +163,13 @@ def test_missing_or_misshapen_pictures_are_refused_by_name(arrays, copied):
     with refused(RunError, "evaluation.npz", "evaluate"): write_report(copied)
 
 
+@pytest.mark.parametrize("rows", ["", '{"step": 1}\n', '{"step": 1, "val/total": 2}\n',
+                                  '{"step": 1, "train/total": 2}\n{"step": 2, "train/a": 1, "train/total": 2}\n'])
+def test_curves_of_a_training_that_told_little(rows, copied):
+    (copied / "models" / "jepa" / "world" / "metrics.jsonl").write_text(rows)
+    write_report(copied)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"schema_version": 1, "frames": "many"}', b"\xff"])
 def test_a_damaged_provenance_is_refused_by_name(content, copied):
     (copied / "provenance.json").write_bytes(content)

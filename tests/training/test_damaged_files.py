@@ -613,6 +613,20 @@ def test_a_torch_file_is_named_as_one(tmp_path):
         sentence(caught, name, "torch.save", "safetensors")
 
 
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_weights_whose_first_bytes_are_those_of_a_pickle_or_an_archive_load(tmp_path, start):
+    model, other = nn.ModuleDict(), nn.ModuleDict()
+    for part in (model, other):
+        part["x" * 20] = nn.Linear(2, 2)
+    for more in range(30_000):  # letters in the header
+        content = safetensors.torch.save(model.state_dict(), {"note": "x" * more})
+        if content.startswith(start):
+            break
+    (tmp_path / "w").write_bytes(content)
+    load_weights(other, tmp_path / "w")
+    assert content.startswith(start) and weights_hash(other) == weights_hash(model)
+
+
 WRAPPED = {
     "compiled": lambda name: f"_orig_mod.{name}",
     "data parallel": lambda name: f"module.{name}",

@@ -522,7 +522,7 @@ def test_a_result_that_cannot_be_read_is_refused(tmp_path, content):
         read_result(tmp_path)
 
 
-@pytest.mark.parametrize("again", [dict(epochs=3.0), dict(epochs=2.9), dict(epochs=None, steps=24)])  # 23.2 are 24
+@pytest.mark.parametrize("again", [dict(epochs=3.0), dict(epochs=2.9), dict(epochs=None, steps=24)])
 def test_passes_that_are_as_many_steps_go_on_with_one_another(tmp_path, again):
     passes = FORTY.model_copy(update=dict(epochs=3.0, checkpoint_every=7))
     whole = ours(Small(), tmp_path / "whole", passes)

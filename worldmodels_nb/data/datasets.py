@@ -14,7 +14,7 @@ from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import Tensor
-from .collect import gather, is_reproducible
+from .collect import HopelessError, gather, is_reproducible
 from .envs import FrameEnv
 from .episodes import RECORD, DataSpec, DatasetError, Episode, EpisodeWriter
 from .episodes import _AGAIN, _json_hash, _tally, content_hash, file_hash, find_unsound
@@ -65,7 +65,6 @@ def episode(
 def _place(dataset: Dataset, row: int) -> str:
     episode = int(np.searchsorted(dataset.starts, row, side="right")) - 1
     return f"row {row} (step {row - dataset.starts[episode]} of episode {episode})"
-
 def _refuse_unfit(dataset: Dataset, arrays: dict[str, np.ndarray]) -> None:
     "Raises `DatasetError` if the rows do not fit together, or a number among them is not sound."
     there, folder = _tally(dataset.lengths.tolist()), dataset.folder
@@ -87,8 +86,7 @@ def open_dataset(
     folder = expand(folder)
     record = read_record(folder)
     try:
-        arrays = map_arrays(folder, record)
-        dataset = Dataset(folder, record, arrays)
+        dataset = Dataset(folder, record, arrays := map_arrays(folder, record))
         _refuse_unfit(dataset, arrays)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be read: {one_line(error)}; see that it may be") from None
@@ -105,9 +103,9 @@ def _refuse_untrue(dataset: Dataset) -> None:
         out[last] = False
     for name, wrong, why in (("terminated", goes_on, "an episode ends, and goes on"),
                              ("actions", out, "the action is out of the record's bounds")):
-        if wrong.any():
-            where = _place(dataset, int(np.argmax(wrong)))
-            raise DatasetError(f"{dataset.folder / name}.npy: {why} at {where}; {_AGAIN}")
+        if not wrong.any(): continue
+        raise DatasetError(f"{dataset.folder / name}.npy: {why} at "
+                           f"{_place(dataset, np.argmax(wrong))}; {_AGAIN}")
 
 # %% ../../nbs/0_data/08_datasets.ipynb #2723f8c3
 def verify(
@@ -151,11 +149,10 @@ def dataset_name(
 # %% ../../nbs/0_data/08_datasets.ipynb #445f5806
 def _judged(settings: Settings) -> bool:
     "Whether the same settings give the same data; warns if they do not."
-    if same := is_reproducible(settings): return same
+    if is_reproducible(settings): return True
     warnings.warn(f"{settings.env.id} gives other episodes for the same seed, so this dataset cannot be made "
                   "again; its record says reproducible = false", stacklevel=3)
-    return same
-
+    return False
 def write_dataset(
     settings: Settings,      # what to gather
     folder: str | Path,      # where to put it; must not exist
@@ -167,7 +164,11 @@ def write_dataset(
     env.close()
     marks = dict(first_action=env.first_action, reproducible=_judged(settings))
     with EpisodeWriter(folder, spec, dataset_settings(settings), **marks) as writer:
-        for episode in gather(settings, progress): writer.add(episode)
+        try:
+            for episode in gather(settings, progress): writer.add(episode)
+        except HopelessError as error:
+            if len(writer.lengths) < 2: raise
+            warnings.warn(f"the dataset keeps {len(writer.lengths)} episodes: {error}", stacklevel=2)
     return open_dataset(folder)
 
 # %% ../../nbs/0_data/08_datasets.ipynb #7d09e87f
@@ -179,9 +180,9 @@ def _refuse_other(dataset: Dataset, settings: Settings) -> None:
             raise DatasetError(f"{name} was made with env.{key} = {json.dumps(value)}, and the settings say "
                                f"{json.dumps(wanted)}; change env.{key}, or set data.path to null")
     frame = (3 if settings.env.color == "rgb" else 1, settings.env.size, settings.env.size)
-    if dataset.spec.frame_shape != frame:
-        raise DatasetError(f"{name} has frames of shape {dataset.spec.frame_shape}, and the settings ask for "
-                           f"{frame}; change env.size or env.color, or set data.path to null")
+    if (there := dataset.spec.frame_shape) != frame:
+        raise DatasetError(f"{name} has frames of shape {there}, and the settings ask for {frame}; "
+                           "change env.size or env.color, or set data.path to null")
 
 # %% ../../nbs/0_data/08_datasets.ipynb #a97bf079
 def _given(settings: Settings) -> Dataset:

@@ -312,7 +312,7 @@ def use_pretrained(self: MaskedPredictionModel,
     check_masks(self.settings, self.grid())
 
 # %% ../../nbs/3_models/35_released.ipynb #aa10c7ee
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _FOLDERS = ("weights", "models", "model", "checkpoints", "ckpt", "ckpts", "data", "runs", "pretrained")
 
 def _is_hub_id(name: str) -> bool:

@@ -33,7 +33,7 @@ class Predictor(nn.Module):
         "The next latent."
         raise NotImplementedError
 
-    def expect(self,
+    def place(self,
         tokens: int,  # N
     ) -> None:
         "Get ready for latents of so many tokens; most predictors are."
@@ -108,7 +108,7 @@ class TransformerPredictor(Predictor):
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #pre002
 @patch
-def expect(self: TransformerPredictor,
+def place(self: TransformerPredictor,
     tokens: int,  # N: 1, or the cells of a square grid
 ) -> None:
     "Positions for so many tokens. Raises `SettingsError`."
@@ -121,7 +121,7 @@ def step(self: TransformerPredictor,
     a: Tensor,  # (B, E)
 ) -> Tensor:    # (B, N, D)
     "One round of looking at each other and at the action."
-    self.expect(z.shape[1])
+    self.place(z.shape[1])
     x = torch.cat([z + self.positions, self.into(a)[:, None]], dim=1)          # (B, N+1, D)
     for block in self.blocks: x = block(x)
     return self.norm(x[:, :-1] - self.positions)
@@ -138,7 +138,7 @@ def build_predictor(
 ) -> Predictor:
     "A fresh predictor by `predictor.type`. Raises `SettingsError`."
     predictor = PREDICTORS[s.type](dim, action, action_dim, s)
-    predictor.expect(tokens)
+    predictor.place(tokens)
     return predictor
 
 # %% ../../nbs/1_nn/13_predictors.ipynb #4411bd5f

@@ -272,9 +272,6 @@ def _refuse(self: Regularizer, z: Tensor, predicted: Tensor | None) -> None:
     if self.training and len(z) < 2 and any(term.statistic for term in self.declared.values()):
         raise SettingsError("statistics over a batch need at least two windows; raise train.batch_size")
 
-def _has_samples(term: LossTerm, views: dict[str, tuple[Tensor, ...]]) -> bool:
-    return not term.statistic or views[term.inputs][0].shape[-2] > 1
-
 # %% ../../nbs/1_nn/17_regularizer.ipynb #aux037
 @patch
 def forward(self: Regularizer,
@@ -287,8 +284,10 @@ def forward(self: Regularizer,
     views, terms = self._views(z, predicted), {}
     with _autocast_off(z.device):
         for name, term in self.declared.items():
-            if term.projected and _has_samples(term, views):
-                terms[name] = self.terms[name](*views[term.inputs])
+            if not term.projected: continue
+            try: terms[name] = self.terms[name](*views[term.inputs])
+            except ValueError:  # a term that one sample says nothing of
+                if self.training or views[term.inputs][0].shape[-2] > 1: raise
     for name, term in self.declared.items():
         if not term.projected: terms[name] = self.terms[name](z, actions)
     return terms

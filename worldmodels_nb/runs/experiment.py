@@ -55,16 +55,17 @@ def _check_loads(settings: Settings, worlds: dict[str, WorldModel]) -> None:
 def _to_train(settings: Settings, worlds: dict[str, WorldModel]) -> list[Stage]:
     "Stages that learn in this run; none if it only gathers data."
     if set(settings.run.stages) == {"data"}: return []
-    stages = [(stage, settings.section(stage.section)) for world in worlds.values() for stage in world.stages()]
-    return [stage for stage, own in stages
-            if not stage.released and (not getattr(own, "load", None) or own.train_loaded)]
+    def _learns(stage):
+        own = settings.section(stage.section)
+        return not stage.released and (not getattr(own, "load", None) or own.train_loaded)
+    return [stage for world in worlds.values() for stage in world.stages() if _learns(stage)]
 
 def _check_gathering(settings: Settings, spec: DataSpec, worlds: dict[str, WorldModel]) -> None:
     "Raises a `ValueError` if what is to be gathered cannot be, or is too short."
     for stage in _to_train(settings, worlds):
         if stage.window <= settings.collect.steps: continue
-        raise SettingsError(f"setting {stage.knob!r} asks for windows of {stage.window} steps, and collect.steps "
-                            f"allows an episode {settings.collect.steps}; lower it or raise collect.steps")
+        raise SettingsError(f"setting {stage.knob!r} asks for windows of {stage.window} steps, and episodes "
+                            f"have at most collect.steps = {settings.collect.steps}; lower it or raise that")
     if settings.collect.policy == "ppo" and settings.collect.ppo.load:
         load_agent(settings, spec.action, spec.frame_shape)
     if "evaluate" not in settings.run.stages: return
@@ -113,7 +114,7 @@ def _note_failure(session: Session, stage: str, error: BaseException) -> None:
     "What went wrong goes into status.json; that it cannot be written, too, does not hide it."
     words = f"{type(error).__name__}: {error}"
     try: write_status(session.folder, status="failed", stage=stage, error=words)
-    except (OSError, ValueError) as second: warnings.warn(f"the failure was not noted: {second}", stacklevel=3)
+    except (OSError, ValueError) as second: warnings.warn(f"it was not noted: {second}", stacklevel=3)
     finally: release_run(session.folder)
     session.tracker.finish("failed")
 

@@ -49,7 +49,8 @@ def given_parameters(
 def _wrong_shape(name: str, value: Any) -> str:
     shown = reprlib.repr(value)
     if name in ("models", "stages") and not isinstance(value, (list, type(None))):
-        return f"parameter {name!r} must be a list, not {shown}; pass it as -y \"{name}: [{shown.strip(chr(39))}]\""
+        return (f"parameter {name!r} must be a list, not {shown}; "
+                f"pass it as -y \"{name}: [{shown.strip(chr(39))}]\"")
     if name == "overrides" and not isinstance(value, (dict, type(None))):
         return (f"parameter 'overrides' must be a mapping, not {shown}; "
                 "pass it as -y \"overrides: {env.id: CartPole-v1}\"")
@@ -157,7 +158,7 @@ def write_status(
     "Add to what status.json says. Raises `RunError`, and `WriteError`, for instance on a full disk."
     return write_json(folder.path / "status.json", read_status(folder) | news, STATUS_SCHEMA)
 
-# %% ../../nbs/5_runs/50_folder.ipynb #84037143
+# %% ../../nbs/5_runs/50_folder.ipynb #188dbf9d
 def is_name(
     text: Any,  # perhaps a name
 ) -> bool:

@@ -57,13 +57,11 @@ def term_curves(
     title: str,   # of the y axis
 ) -> Picture:
     "Each term of a loss on training batches, over steps."
-    lines = [line for line in read_metrics(path) if "train/total" in line]
-    terms = [key for key in lines[-1] if key.startswith("train/") and key != "train/total"]
-    steps = [line["step"] for line in lines]
-    series = {}
-    for term in terms:
-        values = [max(line[term], 1e-6) for line in lines]
-        series[term.removeprefix("train/")] = (steps, values, None, None)
+    lines, series = read_metrics(path), {}
+    known = dict.fromkeys(key for line in lines for key in line if key.startswith("train/"))
+    for term in [key for key in known if key != "train/total"]:
+        told = [(line["step"], max(line[term], 1e-6)) for line in lines if term in line]
+        series[term.removeprefix("train/")] = (*zip(*told), None, None)
     return curves(series, "step", title, log=True)
 
 def training_figures(

@@ -287,13 +287,13 @@ def _content_of(path: Path, expected: str | None) -> bytes:
     return content
 
 def _tensors_in(path: Path, content: bytes) -> dict[str, Tensor]:
-    if content.startswith((b"PK", b"\x80")):
-        raise WeightsError(f"{path} is not a whole safetensors file but one by torch.save, which could hold "
-                           "code and is not opened; write its tensors with safetensors.torch.save_file")
     try: return safetensors.torch.load(content)
     except Exception as error:  # whatever a foreign header makes the library say
-        raise WeightsError(f"{path} is not a whole safetensors file ({one_line(error)}); "
-                           "it is damaged, cut short, or something else") from None
+        why = f"({one_line(error)}); it is damaged, cut short, or something else"
+        if content.startswith((b"PK", b"\x80")):
+            why = ("but one by torch.save, which could hold code and is not opened; "
+                   "write its tensors with safetensors.torch.save_file")
+        raise WeightsError(f"{path} is not a whole safetensors file {why}") from None
 
 # %% ../../nbs/2_training/20_fit.ipynb #e2e2c86d
 def plain_name(
