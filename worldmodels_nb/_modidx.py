@@ -1252,6 +1252,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'worldmodels_nb/runs/experiment.py'),
                                                 'worldmodels_nb.runs.experiment._check_loads': ( '5_runs/experiment.html#_check_loads',
                                                                                                  'worldmodels_nb/runs/experiment.py'),
+                                                'worldmodels_nb.runs.experiment._check_memory': ( '5_runs/experiment.html#_check_memory',
+                                                                                                  'worldmodels_nb/runs/experiment.py'),
                                                 'worldmodels_nb.runs.experiment._folder_of_data': ( '5_runs/experiment.html#_folder_of_data',
                                                                                                     'worldmodels_nb/runs/experiment.py'),
                                                 'worldmodels_nb.runs.experiment._note_failure': ( '5_runs/experiment.html#_note_failure',

@@ -163,8 +163,9 @@ def test_missing_or_misshapen_pictures_are_refused_by_name(arrays, copied):
     with refused(RunError, "evaluation.npz", "evaluate"): write_report(copied)
 
 
-@pytest.mark.parametrize("rows", ["", '{"step": 1}\n', '{"step": 1, "val/total": 2}\n',
-                                  '{"step": 1, "train/total": 2}\n{"step": 2, "train/a": 1, "train/total": 2}\n'])
+@pytest.mark.parametrize("rows", [
+    "", '{"step": 1}\n', '{"step": 1, "val/total": 2}\n',
+    '{"step": 1, "train/total": 2}\n{"step": 2, "train/a": 1, "train/total": 2}\n'])
 def test_curves_of_a_training_that_told_little(rows, copied):
     (copied / "models" / "jepa" / "world" / "metrics.jsonl").write_text(rows)
     write_report(copied)

@@ -284,7 +284,7 @@ def _counts(dataset: Dataset, episodes: np.ndarray, steps: int, knob: str) -> np
     if not counts.sum():
         raise NoWindows(f"no window fits: {knob} is {steps} steps, and {(counts < 1).sum()} of {len(counts)} "
                         f"episodes are too short: the longest has {lengths.max(initial=0)}; "
-                        f"lower {knob} or raise collect.steps")
+                        f"lower {knob.split()[0]} or raise collect.steps")
     return counts
 
 # %% ../../nbs/0_data/08_datasets.ipynb #b5b1a6af

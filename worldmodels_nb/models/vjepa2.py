@@ -88,8 +88,8 @@ def preprocess(self: VJEPA2WorldModel,
 def stages(self: VJEPA2WorldModel) -> list[Stage]:
     "First the encoder, on clips; then the transformer, on its cached tokens."
     s = self.settings.vjepa2
-    return [Stage("pretrain", self.masked, "vjepa2.pretrain", s.pretrain.frames - 1, "vjepa2.pretrain.frames",
-                  released=s.pretrain.pretrained or ""),
+    return [Stage("pretrain", self.masked, "vjepa2.pretrain", s.pretrain.frames - 1,
+                  "vjepa2.pretrain.frames - 1", released=s.pretrain.pretrained or ""),
             Stage("action", self.predictor, "vjepa2.action", s.action.window_steps,
                   "vjepa2.action.window_steps", cached=True)]
 

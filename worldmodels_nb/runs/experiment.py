@@ -6,10 +6,10 @@
 __all__ = ['data_spec', 'blank_models', 'check_data', 'check_experiment', 'run_stage', 'finish_run', 'run_experiment']
 
 # %% ../../nbs/5_runs/55_experiment.ipynb #ex003
-import time, warnings
+import os, time, warnings
 from typing import Any
 import torch
-from ..data.datasets import dataset_name, make_dataset
+from ..data.datasets import NoWindows, dataset_name, make_dataset
 from ..data.envs import FrameEnv
 from ..data.episodes import DataSpec
 from ..data.ppo import load_agent
@@ -37,13 +37,24 @@ def data_spec(
     try: return DataSpec(tuple(env.frame_shape), env.action, env.state_names, env.position)
     finally: env.close()
 
+def _check_memory(name: str, world: WorldModel) -> None:
+    "Raises `SettingsError` for a model whose training this machine could not hold."
+    needed = 16 * sum(p.numel() for p in world.parameters())  # bytes: weight, gradient, AdamW's two moments
+    known = os.name == "posix" and {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else needed
+    if needed <= there: return
+    raise SettingsError(f"{name} would need {needed / 2**30:,.0f} GiB to be trained, and this machine has "
+                        f"{there / 2**30:,.0f}; lower the widths in [model], in [encoder.…], or its own")
+
 def blank_models(
     settings: Settings,  # resolved
     spec: DataSpec,      # shapes of frames, actions and states
 ) -> dict[str, WorldModel]:  # by name
     "Every model of a run without values: nothing but shapes. Raises `SettingsError`."
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return {name: build_model(name, settings, spec) for name in settings.run.models}
+        worlds = {name: build_model(name, settings, spec) for name in settings.run.models}
+    for name, world in worlds.items(): _check_memory(name, world)
+    return worlds
 
 # %% ../../nbs/5_runs/55_experiment.ipynb #ba5b2fcb
 def _check_loads(settings: Settings, worlds: dict[str, WorldModel]) -> None:
@@ -64,8 +75,8 @@ def _check_gathering(settings: Settings, spec: DataSpec, worlds: dict[str, World
     "Raises a `ValueError` if what is to be gathered cannot be, or is too short."
     for stage in _to_train(settings, worlds):
         if stage.window <= settings.collect.steps: continue
-        raise SettingsError(f"setting {stage.knob!r} asks for windows of {stage.window} steps, and episodes "
-                            f"have at most collect.steps = {settings.collect.steps}; lower it or raise that")
+        raise NoWindows(f"no window fits: {stage.knob} is {stage.window} steps, and the longest episode has "
+                        f"{settings.collect.steps} (collect.steps); lower {stage.knob.split()[0]} or raise that")
     if settings.collect.policy == "ppo" and settings.collect.ppo.load:
         load_agent(settings, spec.action, spec.frame_shape)
     if "evaluate" not in settings.run.stages: return

@@ -110,7 +110,10 @@ def train_reward_head(
     few = [data.episodes(validation)[:own.episodes] for validation in (False, True)]
     rows = None if world is None else data.dataset.frame_indices(np.concatenate(few))
     paths = None if world is None else world_paths(session, data, world, latents, rows=rows)
-    windows = [RewardWindows(data.dataset, episodes, latents, paths, rows) for episodes in few]
+    try: windows = [RewardWindows(data.dataset, episodes, latents, paths, rows) for episodes in few]
+    except NoWindows:
+        raise NoWindows("a path of a reward head has two steps, and no episode is as long; "
+                        "raise collect.steps") from None
     seed_everything(s.run.seed)
     head = kind(latents.shape[1:], data.dataset.spec.action, use_action, own.action_dim, own.hidden,
                 own.activation, own.batch_norm, own.dropout)

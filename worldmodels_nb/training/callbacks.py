@@ -195,13 +195,14 @@ def measure(self: Validation,
     device: torch.device,  # where it is
 ) -> dict[str, float]:     # val/total, and val/… for each term
     "Total and terms on the fixed windows: means over windows."
-    sums, n = {}, sum(map(len, self.parts))
+    sums, counts = {}, {}
     with evaluation_mode(model):
         for part in self.parts:
             losses = model.loss(self.windows.batch(part).to(device))
             for name, value in {"total": losses.total, **losses.terms}.items():
-                sums[f"val/{name}"] = sums.get(f"val/{name}", 0) + value * len(part)
-    return on_host({name: value / n for name, value in sums.items()})
+                sums[name] = sums.get(name, 0) + value * len(part)
+                counts[name] = counts.get(name, 0) + len(part)  # of windows that have this term
+    return on_host({f"val/{name}": value / counts[name] for name, value in sums.items()})
 
 # %% ../../nbs/2_training/21_callbacks.ipynb #61947bb3
 _NOTHING_YET = {"best_value": math.inf, "best_step": 0, "waited": 0, "best_hash": ""}
