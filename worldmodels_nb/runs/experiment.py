@@ -19,8 +19,8 @@ from .claim import release_run
 from .evaluation import evaluate_model
 from .folder import STAGES, STATUS_SCHEMA, check_names, read_status, write_status
 from .heads import train_heads
-from .training import RunData, Session, ensure_data, load_stage, split_data, stage_windows
-from .training import start_session, train_models, train_stage_alone
+from .training import RunData, Session, ensure_data, load_stage, split_data
+from .training import stage_windows, start_session, train_models, train_stage_alone
 from ..settings import Settings, SettingsError, expand, write_json
 
 # %% ../../nbs/5_runs/55_experiment.ipynb #c35221b0
@@ -76,7 +76,8 @@ def _check_gathering(settings: Settings, spec: DataSpec, worlds: dict[str, World
     for stage in _to_train(settings, worlds):
         if stage.window <= settings.collect.steps: continue
         raise NoWindows(f"no window fits: {stage.knob} is {stage.window} steps, and the longest episode has "
-                        f"{settings.collect.steps} (collect.steps); lower {stage.knob.split()[0]} or raise that")
+                        f"{settings.collect.steps} (collect.steps); "
+                        f"lower {stage.knob.split()[0]} or raise collect.steps")
     if settings.collect.policy == "ppo" and settings.collect.ppo.load:
         load_agent(settings, spec.action, spec.frame_shape)
     if "evaluate" not in settings.run.stages: return
