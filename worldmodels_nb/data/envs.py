@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 import gymnasium as gym
 import numpy as np
-from .pictures import area_mean, area_weights  # noqa: F401  found here, too
-from .pictures import PictureError, as_bytes, channels_last, to_frames, white_of, without_alpha
+from .pictures import PictureError, area_mean, area_weights, as_bytes  # noqa: F401
+from .pictures import channels_last, to_frames, white_of, without_alpha
 from .tworooms import ActionSpec, EnvError, action_spec
 from ..settings import EnvSettings, one_line
 
