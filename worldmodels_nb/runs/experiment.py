@@ -51,7 +51,8 @@ def blank_models(
     spec: DataSpec,      # shapes of frames, actions and states
 ) -> dict[str, WorldModel]:  # by name
     "Every model of a run without values: nothing but shapes. Raises `SettingsError`."
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    quiet = warnings.catch_warnings(action="ignore")  # weights that are read have no place to go
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet:
         worlds = {name: build_model(name, settings, spec) for name in settings.run.models}
     for name, world in worlds.items(): _check_memory(name, world)
     return worlds
@@ -104,7 +105,7 @@ def check_experiment(
     check_names(settings)
     spec = data_spec(settings)
     worlds = blank_models(settings, spec)
-    with warnings.catch_warnings(action="ignore"): _check_loads(settings, worlds)  # nothing is really loaded
+    with warnings.catch_warnings(action="ignore"): _check_loads(settings, worlds)  # nor here
     there = settings.data.path or _folder_of_data(settings).exists()
     if there: check_data(settings, split_data(make_dataset(settings, progress=False), settings), worlds)
     else: _check_gathering(settings, spec, worlds)
