@@ -24,6 +24,9 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*/*.ipynb"))
 SAYS = '#!/bin/sh\nprintf "<%s>" "$(basename "$0")" "$@"\necho\n'
 
 
+FROM_MAKE = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS", "RUN", "PRESET")  # tests may be run by make themselves
+
+
 @pytest.fixture
 def make(tmp_path):
     "The Makefile in a folder of its own; programs of the environment only say what they were asked."
@@ -36,7 +39,8 @@ def make(tmp_path):
     shutil.copy(ROOT / "Makefile", folder)
     def run(*words, **env):
         command = ["make", "--old-file=.venv/core", *words]
-        return subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
+        outside = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
+        return subprocess.run(command, cwd=folder, env=outside | env, capture_output=True, text=True)
     run.folder = folder
     return run
 
