@@ -9,6 +9,7 @@ from worldmodels_nb.nn.layers import (
     ActionEmbedding,
     Attention,
     Block,
+    autocast,
     frames_to_float,
     mlp,
     patch_grid,
@@ -138,3 +139,16 @@ def test_block_with_a_memory_equals_that_of_torch():
     ours, theirs, x, memory = ours.double(), theirs.double(), tokens(5), tokens(7)
     same(ours(x, memory), theirs(x, memory))
     assert not torch.allclose(ours(x, memory), ours(x, memory.flip(0)))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "meta", "xpu"])
+def test_autocast_is_off_wherever_there_is_one(kind):
+    "A device without it is no error."
+    with torch.autocast("cpu", torch.bfloat16), autocast(torch.device(kind), False):
+        assert torch.is_autocast_enabled("cpu") == (kind != "cpu")
+
+
+@pytest.mark.parametrize("kind, half", [("cpu", True), ("cpu", False), ("meta", True), ("meta", False)])
+def test_autocast_is_on_where_it_is_asked_for_and_can_be(kind, half):
+    with autocast(kind, half):
+        assert torch.is_autocast_enabled("cpu") == (half and kind == "cpu")

@@ -3,7 +3,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import reprlib
 from pathlib import Path
 
 import nbformat
@@ -30,7 +29,7 @@ from worldmodels_nb.runs.folder import (
     resolve,
 )
 from worldmodels_nb.runs.training import ensure_data, initial_model
-from worldmodels_nb.settings import SettingsError, load_settings
+from worldmodels_nb.settings import SettingsError, load_settings, shorten
 from worldmodels_nb.training.callbacks import read_metrics
 from worldmodels_nb.training.parts import read_result, read_state
 
@@ -359,5 +358,5 @@ NO_FOLDERS = ["", ".", "..", "../x", "a/b", "a\\b", "/x", ".hidden", "two words"
 
 @pytest.mark.parametrize("name", [*NO_FOLDERS, 7, 1.5, True, None, ["a"]])  # papermill makes a number of 7
 def test_names_that_are_no_folder_are_refused(name, tmp_path):
-    with refused(RunError, "run", reprlib.repr(name)): begin(name, small(tmp_path / "deep"))
+    with refused(RunError, "run", shorten(name)): begin(name, small(tmp_path / "deep"))
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from training_tools import FORTY as RECIPE
+from training_tools import At, Rows, Small
 
-from worldmodels_nb.settings import TrainingSettings
 from worldmodels_nb.training import callbacks as module
 from worldmodels_nb.training.callbacks import (
     BestWeights,
@@ -52,44 +53,18 @@ class Points:
         return Points(self.x.to(device))
 
 
-class Table:
-    def __init__(self, n, seed=0):
-        self.x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self):
-        return len(self.x)
+class Table(Rows):
+    "Batches that hold their rows by name."
 
     def batch(self, indices):
-        return Points(self.x[indices])
-
-    def sample(self, batch_size, seed, step):
-        return self.batch(np.random.default_rng([seed, step]).integers(len(self), size=batch_size))
+        return Points(super().batch(indices))
 
 
-class Toy(Trainable):
-    steps = 0
-
-    def __init__(self, width=8):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 1))
-        self.fixed = nn.Linear(2, 2).requires_grad_(False)
-
+class Toy(Small):
     def loss(self, batch):
-        self.steps += self.training
-        error = (self.net(batch.x) - batch.x.prod(1, keepdim=True)).square().mean()
-        return LossTerms(total=2 * error, terms={"error": error.detach()})
+        return super().loss(batch.x)
 
 
-RECIPE = TrainingSettings(
-    steps=40,
-    batch_size=8,
-    learning_rate=0.01,
-    validate_every=10,
-    validation_batches=3,
-    checkpoint_every=15,
-    picture_every=20,
-)
 DATA, OTHERS = Table(64), Table(20, seed=1)
 
 
@@ -110,15 +85,6 @@ class Say(Callback):
     def on_step(self, run):
         if run.step % self.every == 0 and self.values:
             run.log["val/total"] = self.values.pop(0)
-
-
-class At(Callback):
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step(self, run):
-        if run.step == self.step:
-            self.action(run)
 
 
 # progress and metrics

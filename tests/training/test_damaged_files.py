@@ -10,19 +10,18 @@ import random
 import shutil
 import zipfile
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from training_tools import At, Rows
 
 from worldmodels_nb.settings import TrainingSettings, WriteError
 from worldmodels_nb.training import callbacks, parts
 from worldmodels_nb.training.callbacks import read_metrics
 from worldmodels_nb.training.fit import (
-    Callback,
     LossTerms,
     Trainable,
     TrainingError,
@@ -46,20 +45,6 @@ SHORT = TrainingSettings(
 )
 
 
-class Rows:
-    def __init__(self, n, seed=0):
-        self.x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self):
-        return len(self.x)
-
-    def batch(self, indices):
-        return self.x[indices]
-
-    def sample(self, batch_size, seed, step):
-        return self.batch(np.random.default_rng([seed, step]).integers(len(self), size=batch_size))
-
-
 class Small(Trainable):
     def __init__(self):
         super().__init__()
@@ -80,15 +65,6 @@ def small():
 
 def ours(folder, model=None, recipe=SHORT, **more):
     return train(model or small(), DATA, OTHERS, recipe, folder, progress=False, **more)
-
-
-class At(Callback):
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step(self, run):
-        if run.step == self.step:
-            self.action(run)
 
 
 class Off(Exception):
@@ -382,12 +358,13 @@ def test_an_archive_that_is_not_whole_or_not_plain_is_refused(killed, kind):
     assert not os.path.exists("/tmp/never-made")
 
 
-def test_a_folder_in_place_of_a_checkpoint_is_refused(killed):
-    (killed / "state.pt").unlink()
-    (killed / "state.pt").mkdir()
+@pytest.mark.parametrize("name", ["state.pt", "metrics.jsonl"])
+def test_a_folder_in_place_of_a_file_is_refused(killed, name):
+    (killed / name).unlink()
+    (killed / name).mkdir()
     with pytest.raises(TrainingError) as caught:
         ours(killed)
-    sentence(caught, "state.pt")
+    sentence(caught, name)
 
 
 def test_one_bit_of_a_number_is_noticed(tmp_path):
@@ -529,14 +506,6 @@ def test_rows_that_are_none_are_refused_by_line(killed, kind):
     sentence(caught, "metrics.jsonl", "line 2", "delete it")
     (killed / "metrics.jsonl").unlink()
     assert ours(killed)["steps"] == 24
-
-
-def test_a_folder_in_place_of_rows_is_refused(killed):
-    (killed / "metrics.jsonl").unlink()
-    (killed / "metrics.jsonl").mkdir()
-    with pytest.raises(TrainingError) as caught:
-        ours(killed)
-    sentence(caught, "metrics.jsonl")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

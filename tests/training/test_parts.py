@@ -7,6 +7,7 @@ torch once, then forks one child for each attempt to train and kills it by SIGKI
 import copy
 import json
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from training_tools import FORTY, At, Rows, Small
 
 from worldmodels_nb import settings as settings_module
 from worldmodels_nb.settings import TrainingSettings
@@ -156,7 +158,8 @@ def kill_often(folder):
 def test_ten_kills_change_no_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(
-        [sys.executable, __file__, whole, killed], capture_output=True, text=True, timeout=300
+        [sys.executable, __file__, whole, killed], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -278,58 +281,11 @@ def test_the_best_weights_are_what_comes_back(undisturbed, tmp_path):
 # a smaller toy, which counts its steps
 
 
-class Rows:
-    def __init__(self, n, seed=0):
-        self.x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-
-    def __len__(self):
-        return len(self.x)
-
-    def batch(self, indices):
-        return self.x[indices]
-
-    def sample(self, batch_size, seed, step):
-        return self.batch(np.random.default_rng([seed, step]).integers(len(self), size=batch_size))
-
-
-class Small(Trainable):
-    steps = 0
-
-    def __init__(self, width=8):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Dropout(0.2), nn.Linear(width, 1))
-        self.fixed = nn.Linear(2, 2).requires_grad_(False)
-
-    def loss(self, x):
-        self.steps += self.training
-        error = (self.net(x) - x.prod(1, keepdim=True)).square().mean()
-        return LossTerms(total=2 * error, terms={"error": error.detach()})
-
-
-FORTY = TrainingSettings(
-    steps=40,
-    batch_size=8,
-    learning_rate=0.01,
-    validate_every=10,
-    validation_batches=3,
-    checkpoint_every=15,
-    picture_every=20,
-)
 DATA, OTHERS = Rows(64), Rows(20, seed=1)
 
 
 def ours(model, folder, recipe=FORTY, **more):
     return train(model, DATA, OTHERS, recipe, folder, progress=False, **more)
-
-
-class At(Callback):
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step(self, run):
-        if run.step == self.step:
-            self.action(run)
 
 
 # train

@@ -160,10 +160,9 @@ def write_dataset(
 ) -> Dataset:
     "Gather episodes and write them one at a time. Raises `DatasetError`, and `FileExistsError`."
     env = FrameEnv(settings.env)
-    spec = DataSpec(tuple(env.frame_shape), env.action, env.state_names, env.position)
     env.close()
     marks = dict(first_action=env.first_action, reproducible=_judged(settings))
-    with EpisodeWriter(folder, spec, dataset_settings(settings), **marks) as writer:
+    with EpisodeWriter(folder, DataSpec.of(env), dataset_settings(settings), **marks) as writer:
         try:
             for episode in gather(settings, progress): writer.add(episode)
         except HopelessError as error:

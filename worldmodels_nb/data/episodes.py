@@ -40,6 +40,14 @@ class DataSpec:
         action = ActionSpec(**record["action"])
         return cls(tuple(record["frame_shape"]), action, record["state_names"], record["position"]).check()
 
+    @classmethod
+    def of(
+        cls,
+        env: Any,  # a `FrameEnv`, open or closed
+    ) -> "DataSpec":
+        "What an environment's episodes look like."
+        return cls(tuple(env.frame_shape), env.action, env.state_names, env.position)
+
 # %% ../../nbs/0_data/04_episodes.ipynb #7253d2e0
 def _counts_from(low: int, high: int, values: list) -> bool:
     return all(type(v) is int and low <= v <= high for v in values)

@@ -8,7 +8,6 @@ __all__ = ['INPUTS', 'TERMS', 'invariance_loss', 'barlow_loss', 'dino_loss', 'Lo
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #aux003
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from einops import rearrange
 from fastcore.basics import patch
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data.envs import ActionSpec
-from .layers import mlp
+from .layers import autocast, mlp
 from .losses import covariance_loss, inverse_loss, sigreg_loss, smoothness_loss
 from .losses import variance_loss
 from .predictors import InverseDynamics
@@ -154,10 +153,6 @@ def forward(self: DinoTerm,
 def _full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def _autocast_off(device: torch.device) -> AbstractContextManager:  # not every device has autocast
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
-
 @loss_term("sigreg", inputs="latents", statistic=True)
 def _sigreg(x, s): return sigreg_loss(x, s.sigreg.directions, s.sigreg.points, s.sigreg.largest)
 
@@ -282,7 +277,7 @@ def forward(self: Regularizer,
     "Each active term. Raises `SettingsError` for a missing view, and in training for a batch of one."
     self._refuse(z, predicted)
     views, terms = self._views(z, predicted), {}
-    with _autocast_off(z.device):
+    with autocast(z.device, False):
         for name, term in self.declared.items():
             if not term.projected: continue
             try: terms[name] = self.terms[name](*views[term.inputs])

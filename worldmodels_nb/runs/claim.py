@@ -7,7 +7,7 @@ __all__ = ['CHANGES_NOTHING', 'AFTERWARDS', 'OF_HEADS', 'find_difference', 'begu
            'release_run', 'claim_run']
 
 # %% ../../nbs/5_runs/51_claim.ipynb #9919770d
-import os, reprlib, shutil, socket, time
+import os, shutil, socket, time
 from collections.abc import Iterable
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -16,7 +16,7 @@ from ..models.base import model_class
 from .folder import MODELS_SCHEMA, RunError, RunFolder, check_names
 from .folder import read_models, read_status, run_path
 from ..settings import FURTHER_TERMS, Settings, SettingsError
-from ..settings import load_settings, save_settings, section_keys, write_json
+from ..settings import load_settings, save_settings, section_keys, shorten, write_json
 
 # %% ../../nbs/5_runs/51_claim.ipynb #b3391997
 CHANGES_NOTHING = ("run.stages", "run.device", "run.threads", "run.dir", "data.dir", "env.timeout",
@@ -33,7 +33,7 @@ def find_difference(
     was, free = old.flat(), tuple(f"{section}." for section in free)
     for key, value in new.flat().items():
         if key in CHANGES_NOTHING or key.startswith(free) or was.get(key) == value: continue
-        return f"{key} is {reprlib.repr(was.get(key))} there and {reprlib.repr(value)} here"
+        return f"{key} is {shorten(was.get(key))} there and {shorten(value)} here"
     return ""
 
 # %% ../../nbs/5_runs/51_claim.ipynb #edb5ac5f

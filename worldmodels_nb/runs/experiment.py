@@ -7,9 +7,10 @@ __all__ = ['data_spec', 'blank_models', 'check_data', 'check_experiment', 'run_s
 
 # %% ../../nbs/5_runs/55_experiment.ipynb #ex003
 import os, time, warnings
+from contextlib import closing
 from typing import Any
 import torch
-from ..data.datasets import NoWindows, dataset_name, make_dataset
+from ..data.datasets import Dataset, NoWindows, dataset_name, make_dataset
 from ..data.envs import FrameEnv
 from ..data.episodes import DataSpec
 from ..data.ppo import load_agent
@@ -24,18 +25,17 @@ from .training import stage_windows, start_session, train_models, train_stage_al
 from ..settings import Settings, SettingsError, expand, write_json
 
 # %% ../../nbs/5_runs/55_experiment.ipynb #c35221b0
-def _folder_of_data(s: Settings):  # that is there, or will be
-    return expand(s.data.path) if s.data.path else expand(s.data.dir) / dataset_name(s)
+def _dataset_there(s: Settings) -> Dataset | None:
+    there = s.data.path or (expand(s.data.dir) / dataset_name(s)).exists()
+    return make_dataset(s, progress=False) if there else None
 
 def data_spec(
-    settings: Settings,  # resolved
+    settings: Settings,       # resolved
+    dataset: Dataset | None,  # where it is there already
 ) -> DataSpec:
-    "What the data of these settings look like, before they are gathered. Raises `EnvError`, `DatasetError`."
-    if settings.data.path or _folder_of_data(settings).exists():
-        return make_dataset(settings, progress=False).spec
-    env = FrameEnv(settings.env)
-    try: return DataSpec(tuple(env.frame_shape), env.action, env.state_names, env.position)
-    finally: env.close()
+    "What the data of these settings look like, perhaps before they are gathered. Raises `EnvError`."
+    if dataset is not None: return dataset.spec
+    with closing(FrameEnv(settings.env)) as env: return DataSpec.of(env)
 
 def _check_memory(name: str, world: WorldModel) -> None:
     "Raises `SettingsError` for a model whose training this machine could not hold."
@@ -103,12 +103,12 @@ def check_experiment(
 ) -> dict[str, WorldModel]:  # from `blank_models`
     "Refuse what can be known to fail, before anything is made. Raises `ValueError` in one sentence."
     check_names(settings)
-    spec = data_spec(settings)
+    dataset = _dataset_there(settings)
+    spec = data_spec(settings, dataset)
     worlds = blank_models(settings, spec)
     with warnings.catch_warnings(action="ignore"): _check_loads(settings, worlds)  # nor here
-    there = settings.data.path or _folder_of_data(settings).exists()
-    if there: check_data(settings, split_data(make_dataset(settings, progress=False), settings), worlds)
-    else: _check_gathering(settings, spec, worlds)
+    if dataset is None: _check_gathering(settings, spec, worlds)
+    else: check_data(settings, split_data(dataset, settings), worlds)
     return worlds
 
 # %% ../../nbs/5_runs/55_experiment.ipynb #ex006
@@ -116,7 +116,7 @@ def _work(session: Session, stage: str) -> None:
     settings = session.settings
     worlds = check_experiment(settings)
     data = ensure_data(session)
-    check_data(settings, data, worlds)
+    if data.dataset.origin == "made": check_data(settings, data, worlds)  # others have been looked at
     if stage == "data": return
     if stage not in STAGES: return train_stage_alone(session, data, stage)
     for world in train_models(session, data).values():

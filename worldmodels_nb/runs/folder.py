@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'STATUS_SCHEMA', 'MODELS_SCHEMA', 'PROVENANCE_SCHEMA', 'E
            'run_path']
 
 # %% ../../nbs/5_runs/50_folder.ipynb #edd20321
-import ast, platform, reprlib, subprocess, time
+import ast, platform, subprocess, time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,7 @@ from ..data.envs import find_spec
 from ..eval.results import COLUMNS
 from ..models.base import known_stages, model_class
 from ..settings import FURTHER_TERMS, Settings, SettingsError, expand, load_settings, nearest
-from ..settings import pick_device, read_json, shipped, write_json
+from ..settings import pick_device, read_json, shipped, shorten, write_json
 
 # %% ../../nbs/5_runs/50_folder.ipynb #fol002
 class RunError(ValueError):
@@ -47,7 +47,7 @@ def given_parameters(
 
 # %% ../../nbs/5_runs/50_folder.ipynb #0067beb6
 def _wrong_shape(name: str, value: Any) -> str:
-    shown = reprlib.repr(value)
+    shown = shorten(value)
     if name in ("models", "stages") and not isinstance(value, (list, type(None))):
         return (f"parameter {name!r} must be a list, not {shown}; "
                 f"pass it as -y \"{name}: [{shown.strip(chr(39))}]\"")
@@ -64,7 +64,7 @@ def check_parameters(
     if "In" in given or "__builtins__" in given: given = given_parameters(given, known)
     for name, value in given.items():
         if name in known: continue
-        raise RunError(f"unknown parameter {name!r} = {reprlib.repr(value)}; "
+        raise RunError(f"unknown parameter {name!r} = {shorten(value)}; "
                        f"known are {', '.join(known)}{nearest(name, known)}")
     for name, value in known.items():
         if problem := _wrong_shape(name, value): raise RunError(problem)
@@ -176,7 +176,7 @@ def _read_models(folder: RunFolder) -> dict[str, Any]:
     found = run_record(path, MODELS_SCHEMA, dict(models=dict, terms=dict)) or dict(models={}, terms={})
     wrong = [name for name, about in found["models"].items() if not _is_model(name, about)]
     if wrong:
-        raise RunError(f"{path} is damaged at {reprlib.repr(wrong[0])}; "
+        raise RunError(f"{path} is damaged at {shorten(wrong[0])}; "
                        "delete the run's folder and run it again")
     return found
 
@@ -241,7 +241,7 @@ def run_path(
     runs: str | Path, # run.dir: where runs are
 ) -> Path:
     "Where a run of this name is, or would be. Raises `RunError` for a name that is none."
-    shown = reprlib.repr(run)
+    shown = shorten(run)
     if not isinstance(run, str):
         raise RunError(f"run {shown} is a {type(run).__name__}, and a name is wanted; "
                        f"pass it as -r run {shown}, or use letters")

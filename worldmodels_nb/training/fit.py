@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from ..data.datasets import Batch, Windows
+from ..nn.layers import autocast
 from ..settings import TrainingSettings, one_line, write_whole
 
 # %% ../../nbs/2_training/20_fit.ipynb #f8ff0600
@@ -135,12 +136,6 @@ class Callback:
     def on_step(self, run: Run) -> None: "After each update."
     def on_end(self, run: Run) -> None: "After the last step, or the one that set `run.stop`."
 
-# %% ../../nbs/2_training/20_fit.ipynb #e2b18129
-def _autocast(device: str | torch.device, settings: TrainingSettings) -> torch.autocast:
-    kind = torch.device(device).type
-    half = settings.bf16 and torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind if half else "cpu", torch.bfloat16, enabled=half)
-
 # %% ../../nbs/2_training/20_fit.ipynb #c80d2adb
 def fit(
     model: Trainable,                 # anything with loss(batch) and after_step(step, steps)
@@ -156,7 +151,7 @@ def fit(
         run.log, run.learning_rate = {}, learning_rate(run.step, settings.steps, settings)
         for group in run.optimizer.param_groups: group["lr"] = run.learning_rate
         run.optimizer.zero_grad()
-        with _autocast(device, settings):
+        with autocast(device, settings.bf16):
             run.losses = model.loss(sample(run.step).to(device))
         run.losses.total.backward()
         run.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
