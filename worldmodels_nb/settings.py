@@ -454,9 +454,12 @@ class PretrainSettings(ClipSettings):
     aspect: list[Annotated[float, Field(gt=0, le=100)]] = knob(
         [0.75, 1.5], "blocks: least and largest height of a rectangle over its "
         "width", min_length=2, max_length=2)
+    least: float = knob(
+        0.1, "blocks: share of the positions that every clip keeps visible, one at the least; 0 as in the "
+        "released training, which suits grids of 16×16", "share", ge=0, lt=1)
     ema_start: float = knob(
         0.99, "how slowly the target encoder follows at first: its share kept each step", "share", ge=0, le=1)
-    ema_end: float = knob(1.0, "and at the end; in between it rises evenly", "share", ge=0, le=1)
+    ema_end: float = knob(1.0, "and after the last step; in between it rises evenly", "share", ge=0, le=1)
 
     @model_validator(mode="after")
     def _masks_fit(self):

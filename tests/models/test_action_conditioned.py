@@ -19,7 +19,13 @@ from action_tools import (
 )
 
 from worldmodels_nb.data.datasets import Batch
-from worldmodels_nb.models.action_conditioned import WorldModelTransformer, frame_mask, normalize
+from worldmodels_nb.models import action_conditioned
+from worldmodels_nb.models.action_conditioned import (
+    ActionConditionedPredictor,
+    WorldModelTransformer,
+    frame_mask,
+    normalize,
+)
 
 
 @pytest.mark.parametrize("dim", [48, 1024])
@@ -31,6 +37,22 @@ def test_fresh_weights_keep_the_size_of_what_passes_through_them_at_any_width(di
         .attn.qkv.weight
     )
     assert 0.95 * 0.64 < layer.std().item() * dim**0.5 < 1.05 * 0.64  # .02 at the paper's 1024
+
+
+@pytest.mark.parametrize("weights, angles", [(torch.float32, torch.float32), (torch.float64, torch.float64),
+                                             (torch.bfloat16, torch.float32)])
+@torch.no_grad()
+def test_positions_are_as_precise_as_the_weights(monkeypatch, weights, angles):
+    made, plain = [], action_conditioned.rotary_tables
+
+    def tables(*args):
+        made.extend(plain(*args))
+        return made[-2:]
+
+    monkeypatch.setattr(action_conditioned, "rotary_tables", tables)
+    model = ActionConditionedPredictor(WIDTH, GRID, dict(action=torch.nn.Linear(2, 24)), 24, 1, 2).to(weights)
+    z, actions = (x.to(weights) for x in some(CONTINUOUS, 3))
+    assert model(z, actions).dtype is weights and {table.dtype for table in made} == {angles}
 
 
 @KINDS

@@ -98,6 +98,22 @@ def hidden_by_attention(encoder, clip, keep):
     return gather_tokens(encoder.norm(x), keep)
 
 
+def test_positions_are_as_precise_as_the_weights():
+    encoder = awake(MaskedViT(3, TUBELET, PATCH, 48, 2, 2)).double()
+    predictor = awake(MaskedPredictor(48, 24, 2, 2)).double()
+    clip, (context, targets) = torch.randn(2, 3, 4, SIDE, SIDE).double(), two_masks()
+    places = grid_positions(*GRID).double()
+    x = encoder.patch_embed(encoder.patch_embed.patchify(clip)[0])
+    for block in encoder.blocks: x = block(x, rotary_tables(places, 24))
+    torch.testing.assert_close(encoder(clip), encoder.norm(x), atol=1e-13, rtol=0)
+    x = seen = gather_tokens(x, context)
+    x = torch.cat([predictor.predictor_embed(x), predictor.mask_tokens[0].expand(*targets.shape, -1)], 1)
+    tables = rotary_tables(places[torch.cat([context, targets], 1)], 12)
+    for block in predictor.predictor_blocks: x = block(x, tables)
+    wanted = predictor.predictor_proj(predictor.predictor_norm(x[:, context.shape[1]:]))
+    torch.testing.assert_close(predictor(seen, context, targets, GRID), wanted, atol=1e-13, rtol=0)
+
+
 def test_dropping_tokens_equals_hiding_them_from_attention():
     encoder = awake(MaskedViT(3, TUBELET, PATCH, 48, 3, 2))
     clip, (keep, _) = torch.randn(2, 3, 4, SIDE, SIDE), two_masks()
@@ -282,12 +298,13 @@ def test_the_slow_copy_follows_a_ramp():
             [p.detach().clone() for p in m.parameters()] for m in (model.target, awake(model.encoder, step))
         ]
         model.after_step(step, 10)
-        m = 0.9 + 0.1 * step / 10
+        m = 0.9 + 0.1 * (step - 1) / 10                 # the first step keeps ema_start
         for now, s, f in zip(model.target.parameters(), slow, fast):
             torch.testing.assert_close(now, m * s + (1 - m) * f)
+    model = stage(ema_start=1.0)
     last = [p.detach().clone() for p in model.target.parameters()]
     awake(model.encoder, 99)
-    model.after_step(10, 10)
+    model.after_step(1, 10)
     assert all(
         torch.equal(a, b) for a, b in zip(last, model.target.parameters())
     )  # a decay of 1 stands still

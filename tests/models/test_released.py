@@ -1,6 +1,7 @@
 "Released V-JEPA 2 weights, from either layout: what fits is loaded, what does not is named."
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -9,17 +10,18 @@ import pytest
 import safetensors.torch
 import torch
 from masked_tools import GRID, PATCH, SIDE, TUBELET, awake, clips, stage, two_masks
+from torch.nn import functional as F
 
 from worldmodels_nb.models.masked import MaskedPredictor, MaskedViT
 from worldmodels_nb.models.released import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ReleasedError,
+    encoder_like,
     fill,
     load_released,
-    read_released,
     released_path,
 )
+from worldmodels_nb.models.weight_files import ReleasedError, read_released
 
 # --- released files -------------------------------------------------------------------------------
 
@@ -341,33 +343,265 @@ def test_a_tensor_under_two_names_is_refused(tmp_path, twin):
     assert "\n" not in str(caught.value)
 
 
-NEW_NAMES = ["video_mod_embed", "img_mod_embed", "norms_block.3.weight", "patch_embed_img.proj.weight"]
+# --- V-JEPA 2.1 -----------------------------------------------------------------------------------
+
+
+def newer_weights(seed=0, width=48, depth=4, hidden=96, channels=3):
+    "An encoder's random tensors as V-JEPA 2.1 names them, large enough for each to matter."
+    sizes = {
+        "patch_embed.proj.weight": (width, channels, TUBELET, PATCH, PATCH),
+        "patch_embed.proj.bias": (width,),
+        "patch_embed_img.proj.weight": (width, channels, 1, PATCH, PATCH),
+        "patch_embed_img.proj.bias": (width,),
+        "video_mod_embed": (1, 1, width),
+        "img_mod_embed": (1, 1, width),
+    }
+    for i in range(depth):
+        linear = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        linear |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+        for name, size in linear.items():
+            sizes |= {f"blocks.{i}.{name}.weight": size, f"blocks.{i}.{name}.bias": size[:1]}
+        for name in (f"blocks.{i}.norm1", f"blocks.{i}.norm2", f"norms_block.{i}"):
+            sizes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    rng = torch.Generator().manual_seed(seed)
+    return {name: 0.3 * torch.randn(size, generator=rng) for name, size in sizes.items()}
+
+
+def turned(x, position):
+    "One head of one token (d,): neighbouring pairs, each at its own speed, a third for each axis."
+    out, third = x.clone(), 2 * (len(x) // 3 // 2)
+    for axis in range(3):
+        for i in range(third // 2):
+            a, b = (axis * third + 2 * i + k for k in (0, 1))
+            angle = position[axis] / 10000 ** (2 * i / third)
+            out[a] = x[a] * math.cos(angle) - x[b] * math.sin(angle)
+            out[b] = x[b] * math.cos(angle) + x[a] * math.sin(angle)
+    return out
+
+
+def newer_encoder(w, clip, heads):
+    "V-JEPA 2.1's encoder written out, for one clip (C, T, h, w)."
+    def norm(x, name): return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+    def linear(x, name): return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    size = w["patch_embed.proj.weight"].shape[2:]
+    x = F.conv3d(clip[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=size)
+    steps, rows, columns = x.shape[2:]
+    x = x[0].flatten(1).T + w["video_mod_embed"][0]                            # (N, D)
+    places = [
+        (t, 15 * r / (rows - 1), 15 * c / (columns - 1))
+        for t in range(steps) for r in range(rows) for c in range(columns)
+    ]
+    blocks = len({name.split(".")[1] for name in w if name.startswith("blocks.")})
+    for i in range(blocks):
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, -1)
+        mixed = []
+        for part in torch.arange(x.shape[1]).chunk(heads):
+            asking, asked = (torch.stack([turned(row, at) for row, at in zip(side[:, part], places)])
+                             for side in (q, k))
+            mixed.append((asking @ asked.T / len(part) ** 0.5).softmax(-1) @ v[:, part])
+        x = x + linear(torch.cat(mixed, -1), f"blocks.{i}.attn.proj")
+        hidden = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+        x = x + linear(hidden, f"blocks.{i}.mlp.fc2")
+    return norm(x, f"norms_block.{blocks - 1}")
+
+
+def newer_file(path, weights, part="ema_encoder", prefix="module.backbone."):
+    predictor = {prefix + name: torch.zeros(2) for name in ("predictor_embed.0.weight", "img_mod_embed")}
+    torch.save({part: {prefix + n: t for n, t in weights.items()}, "predictor": predictor}, path)
+    return path
+
+
+@pytest.mark.parametrize("part", ["ema_encoder", "target_encoder", "encoder"])
+def test_vjepa_2_1_encoders_are_read(tmp_path, part):
+    weights = newer_weights()
+    got = load_released(newer_file(tmp_path / "newer.pt", weights, part), heads=2)
+    assert got.predictor is None and all(got.report.values())
+    clip = torch.randn(3, 4, 12, 20, generator=torch.Generator().manual_seed(1))
+    wanted = newer_encoder(weights, clip, heads=2)
+    torch.testing.assert_close(got.target(clip[None])[0], wanted, atol=2e-5, rtol=0)
+    double = {name: t.double() for name, t in weights.items()}
+    precise = got.target.double()(clip[None].double())[0]
+    torch.testing.assert_close(precise, newer_encoder(double, clip.double(), heads=2), atol=1e-6, rtol=0)
+
+
+def test_vjepa_2_1_read_as_vjepa_2_would_be_wrong(tmp_path):
+    weights = newer_weights()
+    got = load_released(newer_file(tmp_path / "newer.pt", weights), heads=2)
+    clip = torch.randn(3, 4, 12, 20, generator=torch.Generator().manual_seed(1))
+    wanted = newer_encoder(weights, clip, heads=2)
+    for name, older in (("tiled", True), ("span", None)):
+        newer = vars(got.target)[name]
+        setattr(got.target, name, older)
+        assert (got.target(clip[None])[0] - wanted).abs().max() > 1e-2
+        setattr(got.target, name, newer)
+
+
+def test_a_masked_vjepa_2_1_encoder_sees_what_attention_to_the_visible_would(tmp_path):
+    got = load_released(newer_file(tmp_path / "newer.pt", newer_weights()), heads=2)
+    clip, all_tokens = torch.randn(1, 3, 4, SIDE, SIDE), torch.arange(32)[None]
+    torch.testing.assert_close(got.target(clip, all_tokens), got.target(clip), atol=1e-5, rtol=0)
+    one = load_released(newer_file(tmp_path / "newer.pt", newer_weights()), heads=2).encoder
+    assert one(torch.randn(1, 3, 2, PATCH, PATCH)).isfinite().all()             # one row, one column
+
+
+@pytest.mark.parametrize("width, heads", [(768, 12), (1024, 16), (1408, 22), (1664, 26)])
+def test_heads_of_the_released_sizes_are_known(width, heads):
+    weights = {name: t.to("meta") for name, t in newer_weights(width=width, depth=1).items()}
+    with torch.device("meta"): assert encoder_like(weights).head_dim == width // heads
+
+
+def test_vjepa_2_1_takes_the_place_of_the_stage(tmp_path):
+    file = newer_file(tmp_path / "newer.pt", newer_weights(width=768, depth=1))
+    model, frames = stage(pretrained=str(file)), clips()
+    assert model.grid() == GRID and model.encode_frames(frames).shape == (6, 4, 16, 768)
+    with pytest.raises(ValueError, match="no masked predictor"): model.error_map(frames)
+
+
+NEW_NAMES = ["video_mod_embed", "norms_block.3.weight", "norms_block.3.bias", "patch_embed.proj.bias"]
 
 
 @pytest.mark.parametrize("name", NEW_NAMES)
-@pytest.mark.parametrize("part", ["target_encoder", "ema_encoder", "encoder"])
-def test_vjepa_2_1_is_named(tmp_path, name, part):
+def test_an_incomplete_vjepa_2_1_encoder_is_refused_by_name(tmp_path, name):
+    weights = newer_weights()
+    del weights[name]
+    with pytest.raises(ReleasedError, match=f"V-JEPA 2.1.*norms_block|{name} is missing") as caught:
+        load_released(newer_file(tmp_path / "newer.pt", weights), heads=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["video_mod_embed", "norms_block.3.weight", "patch_embed_img.proj.weight"])
+def test_a_mixture_of_both_versions_is_refused(tmp_path, name):
+    file, _ = released_file(tmp_path, add=[("encoder", name, torch.zeros(1, 1, 48))])
+    with pytest.raises(ReleasedError, match="weights of V-JEPA 2.1, and norms_block"):
+        load_released(file, 2, 2)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 1, 7), torch.zeros(0)])
+def test_a_modality_of_another_width_is_refused(tmp_path, wrong):
+    weights = newer_weights() | {"video_mod_embed": wrong}
+    with pytest.raises(ReleasedError, match="video_mod_embed has"):
+        load_released(newer_file(tmp_path / "newer.pt", weights), heads=2)
+
+
+# --- other packagings, and other networks under the same names ------------------------------------
+
+
+def flattened(file, parts=("encoder", "target_encoder", "predictor")):
+    held = torch.load(file, weights_only=True)
+    return {f"{part}.{name}": t for part in parts for name, t in held[part].items()}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_flat_files_are_read(tmp_path, suffix):
+    file, named = released_file(tmp_path)
+    flat, path = flattened(file), tmp_path / f"flat{suffix}"
+    if suffix == ".pt": torch.save(flat, path)
+    else: safetensors.torch.save_file(flat, path)
+    got = load_released(path, 2, 2)
+    assert all(got.report.values()) and set(got.report) == {"encoder", "target_encoder", "predictor"}
+    assert same_weights(got.encoder, named["encoder"]) and same_weights(got.target, named["target_encoder"])
+    assert same_weights(got.predictor, named["predictor"])
+
+
+def same_weights(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone."])
+def test_a_bare_encoder_is_read(tmp_path, prefix):
+    _, named = released_file(tmp_path)
+    bare = {prefix + name: t for name, t in named["target_encoder"].state_dict().items()}
+    torch.save(bare, tmp_path / "bare.pt")
+    got = load_released(tmp_path / "bare.pt", 2)
+    assert got.target is got.encoder and got.predictor is None and set(got.report) == {"encoder"}
+    assert same_weights(got.encoder, named["target_encoder"]) and got.report["encoder"]
+
+
+def test_the_ema_encoder_is_the_target(tmp_path):
+    file, named = released_file(tmp_path)
+    held = torch.load(file, weights_only=True)
+    held["ema_encoder"] = held.pop("target_encoder")
+    torch.save(held, file)
+    got = load_released(file, 2, 2)
+    assert same_weights(got.target, named["target_encoder"]) and same_weights(got.encoder, named["encoder"])
+
+
+def sine_cosine(width, grid):
+    "The table that V-JEPA 1 adds: half of it for time, a quarter each for row and column."
+    columns, widths = [], (width // 2, width // 4, width // 4)
+    for axis, numbers in zip(torch.cartesian_prod(*map(torch.arange, grid)).T, widths):
+        angle = axis[:, None] * 10000 ** -(torch.arange(numbers // 2) / (numbers / 2))
+        columns += [angle.sin(), angle.cos()]
+    return torch.cat(columns, 1)[None]
+
+
+@pytest.mark.parametrize("part, name", [("encoder", "pos_embed"), ("target_encoder", "pos_embed"),
+                                        ("predictor", "predictor_pos_embed")])
+def test_weights_trained_with_added_positions_are_refused(tmp_path, part, name):
     file, _ = released_file(tmp_path)
     held = torch.load(file, weights_only=True)
-    held[part] = {f"module.backbone.{name}": torch.zeros(1, 1, 48)} | held.get(part, held["encoder"])
+    held[part] = {n: t for n, t in held[part].items() if not n.endswith(name)} | {name: sine_cosine(48, GRID)}
     torch.save(held, file)
-    with pytest.raises(ReleasedError, match="these are V-JEPA 2.1 weights") as caught:
+    assert all(load_released(file, 2, 2).report.values())                       # V-JEPA 2's ten mask tokens
+    for i in range(2, 10): del held["predictor"][f"module.backbone.mask_tokens.{i}"]
+    torch.save(held, file)
+    with pytest.raises(ReleasedError, match=f"{part} has a table of positions.*V-JEPA 1") as caught:
         load_released(file, 2, 2)
-    assert str(file) in str(caught.value) and "facebook/vjepa2" in str(caught.value)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["encoder.video_mod_embed", "encoder.norms_block.0.bias", "img_mod_embed"])
-def test_vjepa_2_1_is_named_in_other_peoples_packaging_too(folder, name):
-    file = folder / "model.safetensors"
-    safetensors.torch.save_file(safetensors.torch.load_file(file) | {name: torch.zeros(3)}, file)
-    with pytest.raises(ReleasedError, match="these are V-JEPA 2.1 weights"):
-        load_released(folder)
+def test_an_encoder_by_itself_with_a_table_is_refused_and_without_it_read(tmp_path):
+    bare = released_file(tmp_path)[1]["encoder"].state_dict()
+    torch.save(bare | {"pos_embed": sine_cosine(48, GRID)}, tmp_path / "bare.pt")
+    with pytest.raises(ReleasedError, match="encoder has a table of positions.*save them without it"):
+        load_released(tmp_path / "bare.pt", 2)
+    torch.save(bare, tmp_path / "bare.pt")
+    assert all(load_released(tmp_path / "bare.pt", 2).report.values())
 
 
-def test_the_distilled_encoders_of_2_1_are_known_by_their_part(tmp_path):
-    torch.save({"ema_encoder": {"blocks.0.norm1.weight": torch.zeros(3)}}, tmp_path / "vjepa2_1_vitb.pt")
-    with pytest.raises(ReleasedError, match="these are V-JEPA 2.1 weights"):
-        load_released(tmp_path / "vjepa2_1_vitb.pt")
+def test_an_action_conditioned_file_may_carry_its_unused_table(tmp_path):
+    file, _ = released_file(tmp_path, conditioned=True, add=[("encoder", "pos_embed", sine_cosine(48, GRID))])
+    assert load_released(file, heads=2).conditioned
+
+
+# --- what loading costs ---------------------------------------------------------------------------
+
+
+def test_nothing_is_initialised_to_be_overwritten(tmp_path, monkeypatch):
+    file, named = released_file(tmp_path)
+    plain = torch.nn.init.trunc_normal_
+
+    def on_meta_only(tensor, *args, **how):
+        assert tensor.is_meta
+        return plain(tensor, *args, **how)
+
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", on_meta_only)
+    got = load_released(file, 2, 2)
+    assert same_weights(got.predictor, named["predictor"])
+    assert all(p.requires_grad and not p.is_meta for p in got.predictor.parameters())
+
+
+def test_training_loaded_weights_leaves_the_file_as_it_is(tmp_path):
+    file, _ = released_file(tmp_path)
+    before, got = file.read_bytes(), load_released(file, 2, 2)
+    awake(got.encoder)
+    assert file.read_bytes() == before
+    assert not same_weights(got.encoder, load_released(file, 2, 2).encoder)
+
+
+def test_all_kinds_of_mask_share_the_released_token(folder, loaded):
+    model, frames = stage(pretrained=str(folder)), clips()
+    assert len(loaded.predictor.mask_tokens) == 3 and len(model.predictor.mask_tokens) == 1
+    assert torch.equal(model.predictor.mask_tokens[0], loaded.predictor.mask_tokens[0])
+    rows, grid = model.target.patch_embed.patchify(model.preprocess(frames))
+    context, targets = two_masks(6)
+    answers = [model.predict(rows, grid, context, targets, kind) for kind in (0, 1)]
+    assert torch.equal(*answers)
+
+
+# --- sizes that cannot be -------------------------------------------------------------------------
 
 
 BLOCKS = [

@@ -150,6 +150,18 @@ def test_at_least_a_tenth_stays_visible_on_small_grids():
         assert context.shape[1] >= 2
 
 
+@pytest.mark.parametrize("least, seen", [(0, 1), (.1, 7), (.2, 13)])
+def test_the_share_that_stays_visible_is_a_setting(least, seen):
+    s = PretrainSettings(blocks=[2], scales=[.7], least=least)
+    counts = [draw_masks(s, 64, (1, 8, 8), seeded(seed))[0][0].shape[1] for seed in range(50)]
+    assert min(counts) >= seen and (least or min(counts) < 7)
+
+
+def test_a_share_that_no_draw_leaves_visible_is_refused():
+    with pytest.raises(SettingsError, match=r"vjepa2.pretrain.scales or \.least"):
+        draw_masks(PretrainSettings(blocks=[2], scales=[.7], least=.9), 4, (1, 8, 8), seeded())
+
+
 def test_masks_follow_from_the_generator_and_nothing_else():
     for masking in ("blocks", "random", "tubes"):
         s = PretrainSettings(masking=masking)

@@ -9,6 +9,7 @@ from torch import nn
 from worldmodels_nb.nn.rotary import (
     RotaryAttention,
     RotaryBlock,
+    angle_dtype,
     grid_positions,
     init_weights,
     part_width,
@@ -42,6 +43,18 @@ def test_positions_run_through_time_then_row_then_column():
     assert grid_positions(1, 1, 1).shape == (1, 3)
     expected = [[t, row, column] for t in range(2) for row in range(3) for column in range(4)]
     assert grid_positions(2, 3, 4).tolist() == expected
+
+
+def test_rows_and_columns_may_run_over_a_given_span():
+    plain, spanned = (grid_positions(2, 3, 4, dtype=torch.float64, span=span) for span in (None, 15))
+    same(spanned, plain * torch.tensor([1, 15 / 2, 15 / 3]).double())
+    assert grid_positions(2, 1, 1, span=15).tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("weights, angles", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+                                             (torch.float64, torch.float64)])
+def test_angles_are_as_precise_as_the_weights(weights, angles):
+    assert angle_dtype(torch.zeros(1, dtype=weights)) is angles
 
 
 def worst_errors(tiled, d=24):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..data.datasets import Batch
 from ..data.envs import ActionSpec
 from ..nn.layers import ActionEmbedding
-from ..nn.rotary import RotaryBlock, grid_positions, init_weights, rotary_tables
+from ..nn.rotary import RotaryBlock, angle_dtype, grid_positions, init_weights, rotary_tables
 from ..settings import ActionSettings, SettingsError
 from ..training.fit import LossTerms, Trainable, weighted
 
@@ -121,7 +121,8 @@ def forward_cached(self: ActionConditionedPredictor,
     K, blocks = x.shape[2], self.predictor_blocks
     past = cache.last(self.context_length - 1) if cache else KVCache(0, K, [None] * len(blocks))
     kept = past.blocks[0][0].shape[2] // K if cache else 0                       # M
-    tables = [t.to(x) for t in rotary_tables(self.positions(past.steps, T), self.head_dim, self.tiled)]
+    places = self.positions(past.steps, T).to(x.device, angle_dtype(self.predictor_norm.weight))  # (T·K, 3)
+    tables = rotary_tables(places, self.head_dim, self.tiled)
     mask = self.mask(T, kept)
     mask, x, extended = None if mask is None else mask.to(x.device), x.flatten(1, 2), []  # (B, T·K, dim)
     for block, before in zip(blocks, past.blocks, strict=True):

@@ -17,7 +17,7 @@ from ..data.datasets import Batch
 from ..data.episodes import DataSpec
 from ..nn.layers import frames_to_float, mlp
 from ..nn.masks import all_steps, check_masks, draw_masks
-from ..nn.rotary import RotaryBlock, grid_positions, init_weights, rotary_tables
+from ..nn.rotary import RotaryBlock, angle_dtype, grid_positions, init_weights, rotary_tables
 from ..settings import Settings, SettingsError
 from ..training.fit import LossTerms, Trainable
 
@@ -85,9 +85,11 @@ class MaskedViT(nn.Module):
         heads: int,                # must divide dim
         mlp_ratio: float = 4.0,    # hidden width of each MLP, in D
         mask_token: bool = False,  # hidden tokens are replaced by a learnt one, not dropped
+        tiled: bool = True,        # turn queries and keys as V-JEPA 2 does, not properly
+        span: float | None = None,  # of rows and columns: they run from 0 to here (V-JEPA 2.1: 15)
     ):
         super().__init__()
-        self.dim, self.head_dim = dim, dim // heads
+        self.dim, self.head_dim, self.tiled, self.span = dim, dim // heads, tiled, span
         self.patch_embed = TubeletEmbedding(channels, tubelet, patch, dim)
         self.blocks = nn.ModuleList(RotaryBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -115,10 +117,10 @@ def encode(self: MaskedViT,
     keep: Tensor | None = None,  # (B, K): numbers of the visible tokens; None for all
 ) -> Tensor:                     # (B, K, D), or (B, N, D) with a mask token or without `keep`
     "The encoder on a clip that is cut already."
-    positions = grid_positions(*grid, device=rows.device)                      # (N, 3)
-    if keep is not None and self.mask_token is None: positions = positions[keep]  # (B, K, 3)
+    positions = grid_positions(*grid, rows.device, angle_dtype(self.norm.weight), self.span)  # (N, 3)
+    if keep is not None and self.mask_token is None: positions = positions[keep]              # (B, K, 3)
     x = self.patch_embed(rows) if keep is None else self.embed_visible(rows, keep)
-    tables = rotary_tables(positions, self.head_dim)
+    tables = rotary_tables(positions, self.head_dim, self.tiled)
     for block in self.blocks: x = block(x, tables)
     return self.norm(x)
 
@@ -169,7 +171,7 @@ def forward(self: MaskedPredictor,
     kind: int = 0,    # of mask: chooses the mask token
 ) -> Tensor:          # (B, K', D)
     "The target tokens, predicted from the visible ones."
-    positions = grid_positions(*grid, device=x.device)                         # (N, 3)
+    positions = grid_positions(*grid, x.device, angle_dtype(self.predictor_norm.weight))      # (N, 3)
     tables = rotary_tables(positions[torch.cat([context, targets], 1)], self.head_dim)
     asked = self.mask_tokens[kind % len(self.mask_tokens)].expand(*targets.shape, -1)
     x = torch.cat([self.predictor_embed(x), asked], 1)                         # (B, K+K', width)
@@ -305,7 +307,7 @@ def after_step(self: MaskedPredictionModel,
 ) -> None:
     "Moves the target encoder towards the online one, ever more slowly."
     s = self.settings
-    m = s.ema_start + (s.ema_end - s.ema_start) * step / steps
+    m = s.ema_start + (s.ema_end - s.ema_start) * (step - 1) / steps
     target, online = list(self.target.parameters()), list(self.encoder.parameters())
     with torch.no_grad(): torch._foreach_lerp_(target, online, 1 - m)
 

@@ -166,7 +166,8 @@ def load_conditioned(
                             f"{', '.join(missing)} is missing")
     (dim, width), numbers, ratio = tensors[embed].shape, tensors[action].shape[1], len(tensors[hidden])
     blocks = [int(name.split(".")[1]) for name in tensors if name.startswith("predictor_blocks.")]
-    predictor = robot_predictor(width, grid, numbers, dim, 1 + max(blocks), heads, ratio / dim, extrinsics)
+    sizes = width, grid, numbers, dim, 1 + max(blocks), heads, ratio / dim, extrinsics
+    with torch.device("meta"): predictor = robot_predictor(*sizes)     # it takes the tensors themselves
     fit = fill(predictor, dict(tensors))
     if not fit: raise ReleasedError(f"the action-conditioned predictor does not fit: {fit}")
     return predictor.eval()

@@ -140,11 +140,11 @@ def block_mask(
 def _hides_all(blocks: int, scale: float, shape: tuple, wanted: int, frame: tuple) -> str:
     return (f"settings 'vjepa2.pretrain.blocks' = {blocks} and 'vjepa2.pretrain.scales' = {scale}: "
             f"blocks of {shape[0]}×{shape[1]} leave fewer than {wanted} of {frame[0]}×{frame[1]} positions "
-            "visible; lower vjepa2.pretrain.scales, or make vjepa2.pretrain.patch_size smaller")
+            "visible; lower vjepa2.pretrain.scales or .least, or make vjepa2.pretrain.patch_size smaller")
 
 # %% ../../nbs/1_nn/14_masks.ipynb #e5bcf337
 def draw_masks(
-    s: PretrainSettings,         # masking, ratio, blocks, scales, aspect
+    s: PretrainSettings,         # masking, ratio, blocks, scales, aspect, least
     batch: int,                  # B
     grid: tuple[int, int, int],  # T', H', W'
     generator: torch.Generator,  # on the CPU; the same state gives the same masks
@@ -153,11 +153,11 @@ def draw_masks(
     if s.masking == "random": return [random_mask(batch, grid, s.ratio, generator)]
     if s.masking == "tubes": return [tube_mask(batch, grid, s.ratio, generator)]
     kinds = zip(s.blocks, s.scales)
-    return [block_mask(batch, grid, blocks, scale, s.aspect, generator) for blocks, scale in kinds]
+    return [block_mask(batch, grid, blocks, scale, s.aspect, generator, s.least) for blocks, scale in kinds]
 
 # %% ../../nbs/1_nn/14_masks.ipynb #6f316dc7
 def check_masks(
-    s: PretrainSettings,         # masking, ratio, blocks, scales, aspect
+    s: PretrainSettings,         # masking, ratio, blocks, scales, aspect, least
     grid: tuple[int, int, int],  # T', H', W'
 ) -> None:
     "Raise `SettingsError` now if some step's masks would leave nothing to see or to predict."
