@@ -18,6 +18,7 @@ from worldmodels_nb.viz import (
     bars,
     curves,
     filmstrip,
+    flow_picture,
     latent_map,
     line_styles,
     model_color,
@@ -71,7 +72,7 @@ def test_every_figure_is_a_picture_with_labelled_axes(name, figure, tmp_path):
     assert isinstance(figure, Figure) and figure._repr_png_()[:4] == b"\x89PNG"
     assert figure.get_size_inches()[0] <= 9 and figure.axes[0].get_xlabel()
     path = save_figure(figure, tmp_path / f"{name}.png")
-    assert path.read_bytes() == figure._repr_png_()
+    assert path.read_bytes() == png_bytes(figure)
     assert [p.name for p in tmp_path.iterdir()] == [f"{name}.png"]
 
 
@@ -315,3 +316,12 @@ def test_maps_in_one_figure_share_their_scale():
     assert bar.get_ylabel() == "agent x, px" and first.title.get_color() == MODEL_COLORS["jepa"]
     drawn = latent_map(torch.from_numpy(points), torch.arange(30), "t").axes[0].collections[0]
     assert np.allclose(drawn.get_offsets(), points)
+
+
+def test_a_row_of_a_flow_is_its_words_with_a_box_around_what_learns():
+    figure = flow_picture({"jepa": "frame → [encoder] → z ≈ z of the next", "other": "z → [decoder] → frame"})
+    texts = {text.get_text(): text for text in figure.axes[0].texts if text.get_text()}
+    assert set(texts) == {"jepa", "frame", "encoder", "z", "≈ z of the next", "other", "decoder"}
+    assert [word for word, text in texts.items() if text.get_bbox_patch()] == ["encoder", "decoder"]
+    arrows = [child for child in figure.axes[0].texts if not child.get_text()]
+    assert len(arrows) == 4 and texts["jepa"].get_color() == model_color("jepa")

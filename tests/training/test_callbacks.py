@@ -90,15 +90,12 @@ class Say(Callback):
 # progress and metrics
 
 
-def test_progress_draws_steps_rate_and_loss_and_nothing_when_off(tmp_path, capfd):
-    screen = io.StringIO()
-    fit(Toy(), sample, RECIPE, [Progress("toy", screen)])
-    assert (
-        "toy: 100%" in screen.getvalue()
-        and "40/40" in screen.getvalue()
-        and "loss=" in screen.getvalue()
-        and "step/s" in screen.getvalue()
-    )
+def test_progress_says_steps_time_rate_and_loss_in_one_line_and_nothing_when_off(tmp_path, capfd):
+    log = io.StringIO()
+    fit(Toy(), sample, RECIPE, [Progress("toy, 2 of 3", log)])
+    said = log.getvalue()
+    assert said.startswith("toy, 2 of 3: step 40 of 40 in 00:0") and said.count("\n") == 1
+    assert "00:00 left" in said and "step/s" in said and "loss=" in said and "\r" not in said
     ours(Toy(), tmp_path)
     assert capfd.readouterr() == ("", "")
 

@@ -23,6 +23,7 @@ from worldmodels_nb.training.fit import (
     WeightsError,
     differences,
     fit,
+    fit_steps,
     fit_windows,
     in_steps,
     learning_rate,
@@ -172,7 +173,7 @@ def test_a_wholly_frozen_model_is_refused():
 
 
 def test_loop_is_short_enough_to_hold_in_the_head():
-    assert len(inspect.getsource(fit).splitlines()) <= 25
+    assert len(inspect.getsource(fit_steps).splitlines()) <= 25
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05, 1e9])
@@ -515,3 +516,28 @@ def test_the_module_exports_what_the_chapter_promises():
     assert {"fit", "make_optimizer", "learning_rate", "load_weights", "save_weights", "in_steps"} <= set(
         module.__all__
     )
+
+
+# a step at a time
+
+
+def test_drawn_a_step_at_a_time_the_loop_is_the_same_to_the_last_bit():
+    ours, other, diary = toy(), toy(), Diary()
+    recipe = TrainingSettings(steps=5, learning_rate=0.02)
+    steps = fit_steps(ours, sample, recipe, [diary])
+    assert [(run.step, len(diary.events)) for run in steps] == [(k, 1 + 2 * k) for k in range(6)]
+    assert diary.events[-1] == ("end", 5)
+    fit(other, sample, recipe)
+    assert trained_alike(ours, other)
+
+
+def test_a_loop_that_is_left_alone_has_no_end_and_one_that_is_told_to_stop_has():
+    recipe = TrainingSettings(steps=5)
+    for told, last in ((False, ("step", 1)), (True, ("end", 1))):
+        diary = Diary()
+        steps = fit_steps(toy(), sample, recipe, [diary])
+        for run in steps:
+            if run.step == 1: run.stop = "enough" if told else ""
+            if run.step == 1 and not told: break
+        steps.close()
+        assert diary.events[-1] == last

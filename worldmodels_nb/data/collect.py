@@ -13,12 +13,12 @@ from itertools import chain
 from fastcore.basics import patch
 import numpy as np
 import torch
-from tqdm import tqdm
 from .envs import EnvTimeout, FrameEnv, FrameVector, can_batch
 from .episodes import Episode
 from .policies import CollectError, MixedPolicy, Policy, RandomPolicy, WanderPolicy
 from .ppo import AgentPolicy, prepare_agent
 from .ppo import _become_worker, _patience, _whereabouts
+from .progress import progress_bar
 from .tworooms import EnvError
 from ..settings import Settings, one_line
 
@@ -253,7 +253,7 @@ def gather(
     if settings.collect.policy == "ppo": prepare_agent(settings, progress)
     wanted, limit = settings.collect.episodes, settings.collect.frames or float("inf")
     frames, lost, last = 0, 0, ""
-    with tqdm(total=wanted, desc="collecting", unit="episode", disable=not progress) as bar:
+    with progress_bar(range(wanted), "gathering" if progress else "", "episode") as bar:
         for index, (episode, trouble) in enumerate(chain.from_iterable(_batches(settings))):
             if index == wanted or frames >= limit: break
             lost, last = lost + 1 if episode is None else 0, trouble or last

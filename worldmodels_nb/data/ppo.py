@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .envs import ActionSpec, FrameEnv
 from .episodes import whole_folder
 from .policies import CollectError, Policy, RandomPolicy
+from .progress import progress_bar
 from ..settings import EnvSettings, Settings
 from ..settings import expand, one_line, pick_device, read_json, shorten, write_json, writing
 
@@ -221,7 +222,7 @@ def train_agent(
     "Train an agent on this environment's frames and save it; what is there stays. Raises `CollectError`."
     ppo, own = settings.collect.ppo, FrameEnv(settings.env)
     own.close()
-    bar = tqdm(total=ppo.train_steps, desc="training PPO", unit="step", disable=not progress)
+    bar = progress_bar(range(ppo.train_steps), "training PPO" if progress else "")
     with _random_state_restored(), bar, _agent_envs(settings) as envs: policy = _learn(settings, envs, bar)
     _save_agent(policy, _agent_record(settings, own.action, own.frame_shape), folder)
 

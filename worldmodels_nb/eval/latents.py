@@ -13,9 +13,9 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from tqdm import tqdm
 from ..data.datasets import Dataset, Windows
 from ..data.episodes import cached_rows
+from ..data.progress import progress_bar
 from ..models.base import WorldModel
 from ..training.callbacks import evaluation_mode
 
@@ -49,13 +49,13 @@ def device_of(
 # %% ../../nbs/4_eval/40_latents.ipynb #afa456d5
 def _latent_batches(
     model: WorldModel, dataset: Dataset, device: str | torch.device | None, dtype: str, batch: int,
-    progress: bool,
+    progress: str,
 ) -> Iterator[np.ndarray]:  # (b, N, D)
     # window r of no steps is row r
     stills = Windows(dataset, np.arange(len(dataset)), steps=0, frame_stack=model.frame_stack)
     begins = range(0, len(stills), batch)
     with evaluation_mode(model):
-        for begin in tqdm(begins, desc="latents", unit="batch", disable=not progress):
+        for begin in progress_bar(begins, progress, "batch"):
             rows = np.arange(begin, min(begin + batch, len(stills)))
             frames = stills.batch(rows).frames.to(device)                           # (b, F, C, h, w)
             z = model.encode(frames)[:, 0].to(getattr(torch, dtype)).cpu().numpy()  # (b, N, D)
@@ -73,7 +73,7 @@ def encode_dataset(
     device: str | torch.device | None = None,  # where to compute; None: where the model is
     dtype: str = "float32",     # how latents are stored: float32 or float16
     batch: int = 256,           # frames encoded at once
-    progress: bool = True,      # show a bar
+    progress: str = "latents",  # label of the bar; empty for none
 ) -> np.ndarray:                # (n, N, D), memory-mapped, read only
     "Latents of every frame, from the cache if they are there. Raises `LatentsError`."
     if dtype not in ("float32", "float16"):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from ..data.datasets import Batch, Dataset, Windows
 from ..data.envs import ActionSpec
 from ..data.episodes import cached_rows
+from ..data.progress import progress_bar
 from .heads import readout, spread
 from .latents import LatentsError, cache_name, device_of
 from .results import EvaluationError, Source, as_float64, bootstrap_interval
@@ -210,10 +210,10 @@ def path_ahead(
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #71dce674
 def _path_batches(model: WorldModel, dataset: Dataset, latents: np.ndarray, rows: np.ndarray, steps: int,
-                  batch: int, progress: bool) -> Iterator[np.ndarray]:  # (b, P, N, D) each
+                  batch: int, progress: str) -> Iterator[np.ndarray]:  # (b, P, N, D) each
     device = next(model.parameters()).device
     end = np.repeat(dataset.starts + dataset.lengths, dataset.lengths + 1)       # (n,) of each row's episode
-    for begin in tqdm(range(0, len(rows), batch), desc="paths", unit="batch", disable=not progress):
+    for begin in progress_bar(range(0, len(rows), batch), progress, "batch"):
         here = rows[begin:begin + batch]                                         # (b,)
         ahead = here[:, None] + np.arange(steps)                                 # (b, P)
         inside = ahead.clip(max=len(latents) - 1)
@@ -236,7 +236,7 @@ def predict_dataset(
     steps: int = 2,         # P ≥ 1: how far from each row
     device: str | torch.device | None = None,  # where to compute; None: where the model is
     batch: int = 256,       # rows rolled out at once
-    progress: bool = True,  # show a bar
+    progress: str = "paths",  # label of the bar; empty for none
     rows: np.ndarray | None = None,  # (m,) rows to predict from, in order; None for every row
 ) -> np.ndarray:            # (m, P, N, D), memory-mapped, read only: what the model expects 1 … P steps later
     "A model's rollouts from rows of a dataset, cached. Raises `EvaluationError`, `LatentsError`."

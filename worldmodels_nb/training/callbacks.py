@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from ..data.datasets import Windows
+from ..data.progress import progress_bar
 from ..settings import FileError, TrainingSettings, read_json_lines, write_whole, writing
 from .fit import Callback, Run, Trainable, TrainingError, save_weights
 from ..viz import save_figure
@@ -40,16 +40,14 @@ class Progress(Callback):
     "A bar with the rate, the time left and the loss."
     def __init__(self,
         label: str = "training",       # what stands before the bar
-        file: io.TextIOBase | None = None,  # where to draw it; None for standard error
+        file: io.TextIOBase | None = None,  # a log to write to; None for whoever looks on
     ):
         self.label, self.file = label, file
 
     def on_start(self, run: Run) -> None:
         "Draw the bar; after a restart it begins where the run does."
-        self.bar = tqdm(disable=True)
-        with self._undisturbed():
-            self.bar = tqdm(total=run.settings.steps, initial=run.step, desc=self.label, unit="step",
-                            file=self.file)
+        self.bar, steps = progress_bar((), ""), range(run.settings.steps)
+        with self._undisturbed(): self.bar = progress_bar(steps, self.label, done=run.step, file=self.file)
 
     def on_step(self, run: Run) -> None:
         "Move it by one."

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'LossTerms', 'weighted', 'Trainable', 'learning_rate', 'spared_from_decay', 'TrainingError', 'make_optimizer',
-           'Run', 'Callback', 'fit', 'fit_windows', 'History', 'in_steps', 'tensor_bytes', 'weights_bytes',
+           'Run', 'Callback', 'fit_steps', 'fit', 'fit_windows', 'History', 'in_steps', 'tensor_bytes', 'weights_bytes',
            'weights_hash', 'save_weights', 'differences', 'WeightsError', 'plain_name', 'load_weights', 'freeze',
            'count_parameters']
 
 # %% ../../nbs/2_training/20_fit.ipynb #1936ae7b
 import hashlib, math, time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
@@ -27,14 +27,15 @@ class LossTerms:
     "What a training step minimises, and what it is made of."
     total: Tensor             # scalar, differentiable
     terms: dict[str, Tensor]  # each term's unweighted value, detached scalars
+    parts: dict[str, Tensor] = field(default_factory=dict)  # weighted, differentiable: what it is the sum of
 
 def weighted(
     terms: dict[str, Tensor],    # scalars by name
     weights: dict[str, float],   # factor of each; a missing one counts 1
 ) -> LossTerms:
     "The weighted sum of `terms`, with its parts."
-    total = sum(weights.get(name, 1.0) * value for name, value in terms.items())
-    return LossTerms(total, {name: value.detach() for name, value in terms.items()})
+    parts = {name: weights.get(name, 1.0) * value for name, value in terms.items()}
+    return LossTerms(sum(parts.values()), {name: value.detach() for name, value in terms.items()}, parts)
 
 # %% ../../nbs/2_training/20_fit.ipynb #d40d7e12
 class Trainable(nn.Module):
@@ -75,8 +76,7 @@ def spared_from_decay(
     for owner, module in model.named_modules():
         if isinstance(module, NORMS):
             norms |= {f"{owner}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
-    small = {name for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("bias")}
-    return norms | small
+    return norms | {name for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("bias")}
 
 # %% ../../nbs/2_training/20_fit.ipynb #7544eeae
 class TrainingError(ValueError):
@@ -137,22 +137,22 @@ class Callback:
     def on_end(self, run: Run) -> None: "After the last step, or the one that set `run.stop`."
 
 # %% ../../nbs/2_training/20_fit.ipynb #c80d2adb
-def fit(
+def fit_steps(
     model: Trainable,                 # anything with loss(batch) and after_step(step, steps)
     sample: Callable[[int], Batch],   # the batch of a step; a pure function of it
     settings: TrainingSettings,       # the recipe; epochs already turned into steps
     callbacks: Sequence[Callback] = (),  # side effects, in this order
     device: str | torch.device = "cpu",  # where to compute
-) -> Run:                             # the run as it ended; the model is trained in place
-    "Train by one plain loop. Raises `TrainingError` if nothing can be trained."
+) -> Iterator[Run]:                   # the run: before the first step, and after each; the model in place
+    "The one plain loop, a step at a time. Raises `TrainingError` if nothing can be trained."
     run = Run(model.to(device).train(), make_optimizer(model, settings), settings, sample=sample)
     for callback in callbacks: callback.on_start(run)
+    yield run
     while run.step < settings.steps and not run.stop:
         run.log, run.learning_rate = {}, learning_rate(run.step, settings.steps, settings)
         for group in run.optimizer.param_groups: group["lr"] = run.learning_rate
         run.optimizer.zero_grad()
-        with autocast(device, settings.bf16):
-            run.losses = model.loss(sample(run.step).to(device))
+        with autocast(device, settings.bf16): run.losses = model.loss(sample(run.step).to(device))
         run.losses.total.backward()
         run.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         for callback in callbacks: callback.before_update(run)
@@ -160,7 +160,19 @@ def fit(
         run.step += 1
         model.after_step(run.step, settings.steps)
         for callback in callbacks: callback.on_step(run)
+        yield run
     for callback in callbacks: callback.on_end(run)
+
+# %% ../../nbs/2_training/20_fit.ipynb #fs000002
+def fit(
+    model: Trainable,                 # as for `fit_steps`, like all the rest
+    sample: Callable[[int], Batch],   # the batch of a step
+    settings: TrainingSettings,       # the recipe
+    callbacks: Sequence[Callback] = (),  # side effects, in this order
+    device: str | torch.device = "cpu",  # where to compute
+) -> Run:                             # the run as it ended; the model is trained in place
+    "Train to the end. Raises `TrainingError` if nothing can be trained."
+    *_, run = fit_steps(model, sample, settings, callbacks, device)
     return run
 
 # %% ../../nbs/2_training/20_fit.ipynb #1c93a81f
@@ -329,12 +341,10 @@ def freeze(
     return model.requires_grad_(False).eval()
 
 # %% ../../nbs/2_training/20_fit.ipynb #d4361bbc
-def _size(module: nn.Module, trainable: bool) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad == trainable)
-
 def count_parameters(
     model: nn.Module,  # any module
 ) -> dict[str, int]:   # {child: trainable parameters}, and "frozen" for all the rest
     "Trainable parameters of each top-level part, and how many are frozen."
-    counts = {name: _size(child, trainable=True) for name, child in model.named_children()}
-    return {**counts, "frozen": _size(model, trainable=False)}
+    def _size(part, learns): return sum(p.numel() for p in part.parameters() if p.requires_grad == learns)
+    counts = {name: _size(child, True) for name, child in model.named_children()}
+    return {**counts, "frozen": _size(model, False)}

@@ -55,7 +55,8 @@ def run_state(
 
 # %% ../../nbs/2_training/22_parts.ipynb #814f1faf
 def read_archive(
-    path: str | Path,  # a file by `torch.save`
+    path: str | Path,      # a file by `torch.save`
+    mapped: bool = False,  # tensors are read from the disk when they are looked at; the file must stay
 ) -> Any:              # what was saved, on the CPU
     "Open a file of tensors that is whole and holds no code. Raises whatever zipfile and torch raise."
     with zipfile.ZipFile(path) as archive:
@@ -64,7 +65,7 @@ def read_archive(
         if packed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
             raise ValueError("it unpacks to more than it is")
         if damaged := archive.testzip(): raise ValueError(f"the checksum of {damaged} differs")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 # %% ../../nbs/2_training/22_parts.ipynb #1a743fb8
 _HELD = {"step": int, "stop": str, "seconds": (int, float), "moments": int, "resume_state": dict,
@@ -265,16 +266,17 @@ def train(
     resume: bool = True,                             # False deletes what is there and starts over
     picture: Callable[[int], Figure] | None = None,  # from the step to a figure
     callbacks: Sequence[Callback] = (),              # further side effects
-    progress: bool = True,                           # show a bar
+    progress: str = "training",                      # label of the bar; empty for none
 ) -> dict:                                           # what result.json says
     "Train, or go on, or reuse what is finished. Raises `TrainingError`, `WeightsError`, `WriteError`."
     folder, settings = Path(folder), in_steps(settings, len(train_windows))
-    recipe, label = _recipe(settings, seed, len(train_windows)), type(model).__name__ if progress else ""
+    recipe = _recipe(settings, seed, len(train_windows))
     _tidy(folder, resume)
     if (result := read_result(folder)) is not None: check_recipe(result["recipe"], recipe, folder)
     else:
         seed_everything(seed)
-        watching = standard_callbacks(validation_windows, settings, folder, recipe, picture, callbacks, label)
+        watching = standard_callbacks(validation_windows, settings, folder, recipe, picture, callbacks,
+                                      progress)
         run = fit_windows(model, train_windows, settings, seed, watching, device)
     best = result["weights"] if result else run.resume_state["best_hash"]
     load_weights(model, folder / "weights.safetensors", best)
