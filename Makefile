@@ -21,7 +21,8 @@ help:
 .venv/core: pyproject.toml constraints.txt jupyter_server_config.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	mkdir -p .venv/etc/jupyter && cp jupyter_server_config.py .venv/etc/jupyter/
+	mkdir -p .venv/etc/jupyter .venv/share/jupyter/lab/settings && cp jupyter_server_config.py .venv/etc/jupyter/
+	echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > .venv/share/jupyter/lab/settings/overrides.json
 	touch $@
 
 .venv/dev: .venv/core
@@ -45,7 +46,7 @@ experiment:
 
 # On loopback, and with a token; that is why root may start it too, as in a container
 lab: .venv/core
-	$(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) nbs
+	$(BIN)/python -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/8_explore/80_start.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # Lint and density, then every notebook, then pytest with a browser; the time of each part is printed
 test: .venv/dev
@@ -62,9 +63,10 @@ style: .venv/dev
 bench: .venv/dev
 	$(BIN)/python -m pytest tests --benchmark-only --benchmark-columns=min,median,max,ops -s
 
-# The committed sample dataset, made again: the same bytes
+# The committed sample, made again: eight episodes, the same bytes, and a trained run of all four models
 sample: .venv/core
 	$(BIN)/python -c "from worldmodels_nb.data.datasets import make_sample; print(make_sample())"
+	$(BIN)/python -c "from worldmodels_nb.runs.sample import make_sample_run; print(make_sample_run())"
 
 readme: .venv/core
 	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g; s|](\([0-9]_[a-z]*/\)|](nbs/\1|g" | awk '/^```/ {open = !open; if (open && $$0 == "```") $$0 = "```python"} 1' > "$(README)"

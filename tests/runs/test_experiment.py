@@ -73,6 +73,17 @@ def errors_in(path):
     return [out["evalue"] for cell in code for out in cell.outputs if out.output_type == "error"]
 
 
+def check_lines(path):
+    "Of each part's progress its output notebook keeps a line, and no widget; the collapse panel is drawn."
+    book = nbformat.read(path, as_version=4)
+    outputs = [out for cell in book.cells if cell.cell_type == "code" for out in cell.outputs]
+    lines = "".join(out.text for out in outputs if out.output_type == "stream").splitlines()
+    parts = [line.partition(": ")[0] for line in lines if "00:00 left" in line]
+    assert {"gathering", "jepa, 1 of 1", "jepa/decoder, 1 of 1", "oracles/oracle", "evaluate"} <= set(parts)
+    assert len(lines) < 40 and "widgets" not in book.metadata
+    assert not any("widget-view" in kind for out in outputs for kind in out.get("data", {}))
+
+
 def test_papermill_makes_a_run_and_its_report_from_any_directory(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -84,6 +95,7 @@ def test_papermill_makes_a_run_and_its_report_from_any_directory(tmp_path):
     assert status_of(folder)["status"] == "finished"
     assert load_settings(folder / "settings.ini") == small(tmp_path, {"run.seed": 3})
     assert errors_in(tmp_path / "run.ipynb") == [] and (tmp_path / "run.ipynb").stat().st_size < 1e6
+    check_lines(tmp_path / "run.ipynb")
     done = run_notebook("71_run_report.ipynb", tmp_path / "report.ipynb", "-p", "run", "mine",
                         "-p", "runs", str(tmp_path / "runs"), cwd=elsewhere)
     assert (folder / "report.html").exists() and (folder / "comparison.csv").exists()

@@ -1,6 +1,7 @@
 "World models of a run: the same windows for all, stages one after another or alone, weights from elsewhere."
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from worldmodels_nb.data.episodes import DatasetError
 from worldmodels_nb.runs.experiment import run_stage
 from worldmodels_nb.runs.folder import RunError
 from worldmodels_nb.runs.report import write_report
-from worldmodels_nb.runs.training import ensure_data, initial_model
+from worldmodels_nb.runs.training import bar_label, ensure_data, initial_model, start_session
+from worldmodels_nb.training.fit import Callback
 from worldmodels_nb.training.parts import read_result
 
 TRAINED = ("data", "train")
@@ -56,6 +58,29 @@ def test_a_stage_alone_needs_the_one_before_it_and_can_take_it_from_elsewhere(tm
     third = alone(tmp_path, "third", "action", {"vjepa2.pretrain.load": str(both.folder.path)})
     assert steps_of(third) == [0, 4]
     assert weights_of(third, "vjepa2", "action") == weights_of(both, "vjepa2", "action")
+
+
+def test_who_looks_on_is_asked_for_each_stage_and_changes_no_bit(tmp_path):
+    seen = []
+    class Looking(Callback):
+        def __init__(self, part): self.part = part
+        def on_end(self, run): seen.append((self.part, run.step))
+    def watch(part, world, data):
+        assert part.startswith(world.registered) and len(data.training)
+        return [Looking(part)]
+    settings = small(tmp_path, TWO, ["jepa", "vjepa2"])
+    session = start_session("watched", settings, progress=False, watch=watch)
+    for stage in ("data", "train"): run_stage(session, stage)
+    assert seen == [("jepa", 6), ("vjepa2/pretrain", 4), ("vjepa2/action", 4)]
+    alone = go("alone", settings, ["data", "train"])
+    assert weights_of(session, "jepa") == weights_of(alone, "jepa")
+
+
+def test_a_bar_says_which_model_it_is_of_how_many(tmp_path):
+    session = start_session("mine", small(tmp_path, models=["encdec", "jepa"]))
+    labels = [bar_label(session, part) for part in ("encdec", "jepa/decoder", "oracles/oracle")]
+    assert labels == ["encdec, 1 of 2", "jepa/decoder, 2 of 2", "oracles/oracle"]
+    assert bar_label(replace(session, progress=False), "jepa") == ""
 
 
 def test_a_stage_that_no_model_of_the_run_has_is_refused(tmp_path):

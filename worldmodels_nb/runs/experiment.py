@@ -14,13 +14,14 @@ from ..data.datasets import Dataset, NoWindows, dataset_name, make_dataset
 from ..data.envs import FrameEnv
 from ..data.episodes import DataSpec
 from ..data.ppo import load_agent
+from ..data.progress import progress_bar
 from ..eval.rollouts import evaluation_horizons
 from ..models.base import Stage, WorldModel, build_model
 from .claim import release_run
 from .evaluation import evaluate_model
 from .folder import STAGES, STATUS_SCHEMA, check_names, read_status, write_status
 from .heads import train_heads
-from .training import RunData, Session, ensure_data, load_stage, split_data
+from .training import RunData, Session, Watch, ensure_data, load_stage, split_data
 from .training import stage_windows, start_session, train_models, train_stage_alone
 from ..settings import Settings, SettingsError, expand, write_json
 
@@ -119,9 +120,11 @@ def _work(session: Session, stage: str) -> None:
     if data.dataset.origin == "made": check_data(settings, data, worlds)  # others have been looked at
     if stage == "data": return
     if stage not in STAGES: return train_stage_alone(session, data, stage)
-    for world in train_models(session, data).values():
-        if stage == "heads": train_heads(session, data, world)
-        if stage == "evaluate": evaluate_model(session, data, world)
+    trained, shown = train_models(session, data).values(), stage if session.progress else ""
+    if stage == "heads":
+        for world in trained: train_heads(session, data, world)
+    if stage == "evaluate":
+        for world in progress_bar(trained, shown, "model"): evaluate_model(session, data, world)
 
 def _note_failure(session: Session, stage: str, error: BaseException) -> None:
     "What went wrong goes into status.json; that it cannot be written, too, does not hide it."
@@ -160,10 +163,11 @@ def run_experiment(
     run: str,               # name of the run
     settings: Settings,     # resolved
     progress: bool = True,  # show bars
+    watch: Watch | None = None,  # further callbacks, for each stage of a model that is trained
 ) -> Session:
     "A whole run, from settings to evaluated models. Raises what its stages raise."
     check_experiment(settings)
-    session = start_session(run, settings, progress)
+    session = start_session(run, settings, progress, watch=watch)
     for stage in settings.run.stages: run_stage(session, stage)
     finish_run(session)
     return session
