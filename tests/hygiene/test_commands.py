@@ -105,7 +105,8 @@ def test_lab_says_where_it_is_though_the_port_is_taken_and_no_browser_there(tmp_
         taken.listen()
         lab = subprocess.Popen(command, **kept)
         try:
-            said = (re.search(r"http://127\.0\.0\.1:(\d+)/lab\?token=(\w+)", line) for line in lab.stderr)
+            page = "lab/tree/nbs/8_explore/80_start.ipynb"
+            said = (re.search(rf"http://127\.0\.0\.1:(\d+)/{page}\?token=(\w+)", line) for line in lab.stderr)
             port, token = next(found for found in said if found).groups()
             assert port != "8888" and answers(f"http://127.0.0.1:{port}/api/status?token={token}")
         finally:

@@ -76,6 +76,7 @@ def test_notebook_is_a_chapter(path):
     assert path.stat().st_size <= 300_000
     outputs = [output for cell in cells_of(path) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
     assert not [cell for cell in notebook.cells if "nbdev_export()" in cell.source]
 
 
@@ -174,7 +175,8 @@ def test_the_settings_file_holds_what_is_known_at_its_default_and_every_preset_l
         assert set(values) <= set(section_keys(known[section])), name
         assert None not in values.values() or "/" in name, f"null in [{name}] says nothing"
     assert load_settings(ROOT / "settings.ini") == Settings()
-    assert sorted(read_presets(ROOT / "settings.ini")) == ["atari", "demo", "seed", "smoke", "study"]
+    presets = ["atari", "demo", "sample", "seed", "smoke", "study"]
+    assert sorted(read_presets(ROOT / "settings.ini")) == presets
     for preset in read_presets(ROOT / "settings.ini"): load_settings(ROOT / "settings.ini", preset)
 
 

@@ -92,7 +92,7 @@ def test_what_every_import_needs_is_asked_for():
     "What modules import at their top is a dependency, comes with one, or with Python."
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     known = {re.match(r"[\w-]+", asked)[0].lower() for asked in project["dependencies"]}
-    known |= {"worldmodels_nb", "pil", "ipython", *sys.stdlib_module_names}  # of matplotlib, of jupyterlab
+    known |= {"worldmodels_nb", "pil", "ipython", "traitlets", *sys.stdlib_module_names}  # come with others
     text = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "worldmodels_nb").rglob("*.py"))
     found = re.findall(r"^(?:from (\w+)[\w.]* import|import ([\w., ]+))", text, re.M)
     tops = {name.split()[0].split(".")[0] for one, many in found for name in (one or many).split(",")}

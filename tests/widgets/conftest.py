@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from worldmodels_nb.viz import png_bytes
+from worldmodels_nb.widgets.base import picture_bytes
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +20,8 @@ def depends_on_its_state_alone():
         view, other = make(), make()
         torch.manual_seed(5)
         random.seed(5)
-        again = png_bytes(view.render(view.state))
-        assert view.image.value == again == png_bytes(other.render(dict(view.state)))
+        again = picture_bytes(view.render(view.state))
+        assert view.image.value == again == picture_bytes(other.render(dict(view.state)))
         generator = torch.get_rng_state()
         view.render(view.state)
         assert torch.equal(generator, torch.get_rng_state())
@@ -34,7 +34,7 @@ def redraws_and_goes_back():
     def check(view, name, value):
         before, old = view.image.value, view.controls[name].value
         view.controls[name].value = value
-        assert view.image.value != before and view.image.value == png_bytes(view.render(view.state))
+        assert view.image.value != before and view.image.value == picture_bytes(view.render(view.state))
         assert view.message.value == ""
         view.controls[name].value = old
         assert view.image.value == before
