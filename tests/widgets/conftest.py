@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from rollout_tools import untrained_run
 
 from worldmodels_nb.widgets.base import picture_bytes
 
@@ -11,6 +12,19 @@ from worldmodels_nb.widgets.base import picture_bytes
 def clip(sample):
     "Four frames of the sample, uint8 (4, C, h, w)."
     return torch.from_numpy(sample.frames[:4].copy())
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory):
+    "A run of three untrained models, which is looked at and never changed."
+    return untrained_run(tmp_path_factory.mktemp("rooms"), models=("encdec", "jepa", "vjepa2"))
+
+
+@pytest.fixture(scope="session")
+def cart(tmp_path_factory):
+    "A run with actions that are counted, and stacked frames; looked at and never changed."
+    changes = {"env.id": "CartPole-v1", "collect.policy": "random", "model.frame_stack": 2}
+    return untrained_run(tmp_path_factory.mktemp("cart"), changes)
 
 
 @pytest.fixture

@@ -29,17 +29,6 @@ class Perfect(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def rooms(tmp_path_factory):
-    return untrained_run(tmp_path_factory.mktemp("rooms"), models=("encdec", "jepa", "vjepa2"))
-
-
-@pytest.fixture(scope="module")
-def cart(tmp_path_factory):
-    changes = {"env.id": "CartPole-v1", "collect.policy": "random", "model.frame_stack": 2}
-    return untrained_run(tmp_path_factory.mktemp("cart"), changes)
-
-
-@pytest.fixture(scope="module")
 def pendulum(tmp_path_factory):
     changes = {"env.id": "Pendulum-v1", "collect.policy": "random"}
     return untrained_run(tmp_path_factory.mktemp("pendulum"), changes, ["jepa"])

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rollout_tools import untrained_run
 
 from worldmodels_nb.widgets import latents
 from worldmodels_nb.widgets.base import picture_bytes
@@ -11,17 +10,6 @@ from worldmodels_nb.widgets.canvas import to_pixels
 from worldmodels_nb.widgets.latents import LatentExplorer
 
 LEFT, TOP, SIDE, PITCH = 8, 42, 300, 316  # px, of a map
-
-
-@pytest.fixture(scope="module")
-def rooms(tmp_path_factory):
-    return untrained_run(tmp_path_factory.mktemp("rooms"), models=("encdec", "jepa", "vjepa2"))
-
-
-@pytest.fixture(scope="module")
-def cart(tmp_path_factory):
-    changes = {"env.id": "CartPole-v1", "collect.policy": "random", "model.frame_stack": 2}
-    return untrained_run(tmp_path_factory.mktemp("cart"), changes)
 
 
 @pytest.fixture

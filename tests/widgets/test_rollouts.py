@@ -18,12 +18,6 @@ def make(clip): return lambda: RolloutStepper({"truth": clip, "prediction": clip
 def rooms(tmp_path_factory): return untrained_run(tmp_path_factory.mktemp("rooms"))
 
 
-@pytest.fixture(scope="module")
-def cart(tmp_path_factory):
-    changes = {"env.id": "CartPole-v1", "collect.policy": "random", "model.frame_stack": 2}
-    return untrained_run(tmp_path_factory.mktemp("cart"), changes)
-
-
 @pytest.fixture
 def explorer(rooms): return RolloutExplorer(rooms)
 

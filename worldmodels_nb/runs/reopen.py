@@ -217,8 +217,8 @@ def open_run(
 ) -> OpenRun:
     "A run with all that it has learnt; nothing is trained or written. Raises `RunError`, in one sentence."
     folder = find_run(run, runs)
-    own = folder.path == shipped(SAMPLE_RUN)  # the project's
-    if own and data is None: data = shipped(SAMPLE)
+    own = data is None and folder.path == shipped(SAMPLE_RUN)  # the project's, with its data
+    if own: data = shipped(SAMPLE)
     try: return _open(folder, data)
     except ValueError as error:
         mend = "; make it again with `make sample`" if own else ""

@@ -58,8 +58,7 @@ def open_sample(
     "The sample, checked against the preset as it stands. Raises `RunError` that says how to mend it."
     path, mend = expand(folder) if folder else shipped(SAMPLE_RUN), "make it again with `make sample`"
     try: opened = open_run(path, data=shipped(SAMPLE))
-    except ValueError as error:
-        raise RunError(f"the sample is stale: {str(error).removesuffix('; ' + mend)}; {mend}") from None
+    except ValueError as error: raise RunError(f"the sample is stale: {error}; {mend}") from None
     difference = find_difference(opened.settings, load_settings(preset="sample"))
     if difference or opened.notes:
         raise RunError(f"the sample {path} is stale: {difference or opened.notes[0]}; {mend}")

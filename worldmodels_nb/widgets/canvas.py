@@ -6,18 +6,13 @@
 __all__ = ['Canvas', 'fit_frame', 'scatter', 'to_pixels', 'color_dots']
 
 # %% ../../nbs/6_widgets/65_canvas.ipynb #6d8fa084
-from functools import cache
-from pathlib import Path
 from fastcore.basics import patch
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from .base import label_font
 
 # %% ../../nbs/6_widgets/65_canvas.ipynb #2299ac41
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:  # the one that figures are written in
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
-
 class Canvas:
     "White pixels to put frames and words on: what a widget draws with where a figure is too slow."
     def __init__(self,
@@ -46,7 +41,7 @@ class Canvas:
         anchor: str = "la",    # of Pillow: l, m or r for where x is, then a, m or d for where y is
     ) -> None:
         "Put words on it."
-        self.pen.text((x, y), words, fill=color, font=_font(size), anchor=anchor)
+        self.pen.text((x, y), words, fill=color, font=label_font(size), anchor=anchor)
 
     def pixels(self) -> np.ndarray:  # uint8 (h, w, 3)
         "What it looks like now."

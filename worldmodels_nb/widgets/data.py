@@ -13,14 +13,13 @@ from typing import Any
 from fastcore.basics import patch
 import ipywidgets
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 import numpy as np
 from ..data.datasets import Dataset, open_dataset, sample_dataset, verify
 from ..data.episodes import DatasetError
 from ..runs.reopen import OpenRun
 from ..settings import expand
 from ..viz import Picture
-from .base import RunView, enlarge
+from .base import RunView, enlarge, figure_pixels
 
 # %% ../../nbs/6_widgets/64_data.ipynb #2c9b1b00
 class Backdrop:
@@ -28,9 +27,7 @@ class Backdrop:
     def __init__(self,
         figure: Picture,  # finished
     ):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        self.pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()   # uint8 (h, w, 3)
+        self.pixels = figure_pixels(figure)                              # uint8 (h, w, 3)
         self.to_pixel = figure.axes[0].transData.frozen()
 
     def at(self,

@@ -177,8 +177,6 @@ def _write_titles(self: LatentExplorer, canvas: Canvas, state: dict[str, Any], p
         said = dict.fromkeys(_share_words(maps[name].share) for name in panel)
         canvas.write("; ".join(said), x, 24, "dimgray", 11)
 
-def _colormap(label: str) -> str: return "turbo" if label == "episode" else "viridis"
-
 def _share_words(share: np.ndarray | None) -> str:
     if share is None: return "UMAP: neighbourhoods, no directions"
     return f"PCA: {share[0]:.0%} + {share[1]:.0%} of the variance"

@@ -25,8 +25,8 @@ from ..settings import TrainingSettings, pick_device
 from ..training.callbacks import NaNGuard, evaluation_mode
 from ..training.fit import Callback, LossTerms, Run, Trainable, TrainingError
 from ..training.fit import fit_steps, in_steps, make_optimizer
-from .base import RunView, View
-from .training import Watcher, collapse_sentence, drawn_once
+from .base import RunView, View, figure_pixels
+from .training import Watcher, collapse_sentence
 from .training import held_out_frames, training_picture
 
 # %% ../../nbs/6_widgets/64_live.ipynb #lt000015
@@ -221,7 +221,7 @@ def render(self: LiveTraining,
     state: dict[str, Any],  # model, rows, strip
 ) -> np.ndarray:            # uint8 (h, w, 3)
     "Terms, the collapse panel, and frames: the truth, decoded latents, a rollout."
-    return drawn_once(training_picture({state["model"]: state["rows"]}, state["model"], state["strip"]))
+    return figure_pixels(training_picture({state["model"]: state["rows"]}, state["model"], state["strip"]))
 
 @patch
 def describe(self: LiveTraining,

@@ -7,21 +7,19 @@ __all__ = ['BY_HAND', 'GREY', 'mask_generators', 'MaskExplorer', 'flip_tokens', 
            'MaskRunExplorer']
 
 # %% ../../nbs/6_widgets/61_masks.ipynb #10622629
-from functools import cache
-from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
 import ipywidgets
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 import torch
 from torch import Tensor
 from ..models.masked import MaskedPredictionModel, gather_tokens
 from ..nn.masks import Mask, draw_masks, mask_frames
 from ..runs.reopen import OpenRun
 from ..settings import PretrainSettings
-from .base import RunView, View
+from .base import RunView, View, label_font
 
 # %% ../../nbs/6_widgets/61_masks.ipynb #m61g0002
 def mask_generators(
@@ -170,10 +168,6 @@ def cell(self: MaskExplorer,
     width = max(width // self.grid[2], 1) * self.grid[2]
     return max(round(width * h / w / self.grid[1]), 1) * self.grid[1], width, half
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
 # %% ../../nbs/6_widgets/61_masks.ipynb #m61p0002
 def _resized(pixels: np.ndarray, steps: int, height: int, width: int) -> np.ndarray:
     "Tokens or frames (t, h, w, 3) as (steps, height, width, 3): the nearest of each."
@@ -207,10 +201,11 @@ def draw_sheet(self: MaskExplorer,
     image = Image.fromarray(sheet)
     write = ImageDraw.Draw(image)
     for top, left, label, _ in places:
-        write.text((left + 4, top + 4), label, "black", _font(12))
+        write.text((left + 4, top + 4), label, "black", label_font(12))
         if label != "error": continue
-        for x, number in ((4, "0"), (62, "1")): write.text((left + x, top + 32), number, "black", _font(10))
-    write.text((_LABEL, 3 * (height + _GAP) + 2), words, "black", _font(12))
+        for x, number in ((4, "0"), (62, "1")):
+            write.text((left + x, top + 32), number, "black", label_font(10))
+    write.text((_LABEL, 3 * (height + _GAP) + 2), words, "black", label_font(12))
     return np.asarray(image)
 
 # %% ../../nbs/6_widgets/61_masks.ipynb #b6c42e80

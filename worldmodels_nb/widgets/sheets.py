@@ -6,32 +6,24 @@
 __all__ = ['Sheet']
 
 # %% ../../nbs/6_widgets/61_sheets.ipynb #cd26c43b
-from functools import cache
-from pathlib import Path
 from fastcore.basics import patch
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from ..data.pictures import to_frames
 from ..data.tworooms import ActionSpec
 from ..eval.rollouts import UNITS
 from ..runs.counterfactuals import ROWS, Rolled, is_plane, write_actions
 from ..viz import BASELINE_COLOR, Picture, model_color
-from .base import enlarge
+from .base import enlarge, figure_pixels, label_font
 
 # %% ../../nbs/6_widgets/61_sheets.ipynb #240cb1f7
 _WIDE, _LABEL, _HIGH, _LINE, _BELOW = 980, 118, 476, 15, 150  # px
 _GAP, _MARK, _FAINT = 3, "#E69F00", "#777777"
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
 def _write(
     picture: Image.Image, x: float, y: float, words: str, color: str = "black", size: int = 11,
 ) -> None:
-    ImageDraw.Draw(picture).text((x, y), words, color, _font(size))
+    ImageDraw.Draw(picture).text((x, y), words, color, label_font(size))
 
 def _paste(picture: Image.Image, frames: np.ndarray, x: float, y: float, side: int, pitch: float = 0) -> None:
     "Frames uint8 (n, C, h, w), each `side` px wide, `pitch` px from one to the next; five bits a colour."
@@ -126,9 +118,7 @@ def _curves(self: Sheet) -> np.ndarray:
     ax.set(xlim=(a, b), ylim=(0, None), xticks=range(0, H + 1, self.every))
     ax.locator_params(axis="y", nbins=4)
     ax.tick_params(labelsize=8)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    return figure_pixels(figure)
 
 # %% ../../nbs/6_widgets/61_sheets.ipynb #7969c50c
 @patch
