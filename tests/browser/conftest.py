@@ -35,8 +35,9 @@ def lab(repository, tmp_path_factory):
             server.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
+    "A browser for the tests of one file: while it is there, Playwright's event loop runs in this thread, and no other may."
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=PATIENCE * 1000)
