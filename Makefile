@@ -26,7 +26,7 @@ help:
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,atari,ppo,minari,wandb,hf]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,cluster,trackio,atari,ppo,minari,wandb,hf]"
 	touch $@
 
 # One experiment and its report: make demo, or make run RUN=mine PRESET=smoke
