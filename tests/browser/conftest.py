@@ -37,7 +37,7 @@ def lab(repository, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    "A browser for the tests of one file: while it is there, Playwright's event loop runs in this thread, and no other may."
+    "For the tests of one file: while it is there, its event loop runs in this thread, and no other may."
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=PATIENCE * 1000)

@@ -190,6 +190,13 @@ def test_an_unfinished_run_is_compared_by_what_there_is(runs):
     assert [text.get_text() for text in legend.texts] == ["first", "trained"]
 
 
+def test_a_run_killed_before_its_first_step_has_no_curves(copies):
+    for path in (copies / "first" / "models").rglob("metrics.jsonl"): path.write_text("")
+    for part in ("encdec", "nothing"):
+        with refused(RunError, f"no run has written the metrics of {part} yet"):
+            compare(["first"], copies).curves(part)
+
+
 def test_runs_without_any_result_can_be_compared(runs):
     assert "Training" in compare(["trained"], runs)._repr_html_()
 

@@ -217,8 +217,11 @@ def curves(self: Comparison,
     part: str,                # a model, or model/stage
     terms: list[str] | None = None,  # which; None for the first three
 ) -> Picture:
-    "Training and validation curves of a part, runs overlaid."
-    return plot_terms(self.metrics[part], terms or term_names(self.metrics[part])[:3], part)
+    "Training and validation curves of a part, runs overlaid. Raises `RunError` if none has written any."
+    metrics = self.metrics.get(part, {})
+    known = term_names(metrics)
+    if not known: raise RunError(f"no run has written the metrics of {part} yet; train it, or choose another part")
+    return plot_terms(metrics, terms or known[:3], part)
 
 @patch
 def horizons(self: Comparison,

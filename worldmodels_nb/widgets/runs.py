@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
 import ipywidgets
+import numpy as np
 from ..runs.compare import Comparison, compare, setting_differences, term_names
 from ..runs.folder import RunError, RunFolder, read_evaluation, read_models, read_settings
 from ..runs.reopen import available_runs
 from ..runs.report import TEMPLATES, short_number
 from ..settings import one_line, repo_root
 from ..viz import Picture
-from .base import View
+from .base import View, figure_pixels
 
 # %% ../../nbs/6_widgets/68_runs.ipynb #06665e7e
 def unusual_settings(
@@ -168,15 +169,29 @@ ABOUT = TEMPLATES.from_string("""{% for note in about.notes %}<p>{{ note }}</p>{
 {% for run in about.folders %}<td>{{ values[run] | tojson }}</td>{% endfor %}</tr>
 {% endfor %}</table></details>{% endif %}""")
 
+# %% ../../nbs/6_widgets/68_runs.ipynb #c6ae3c32
+_LEFT, _BELOW, _ABOVE = .75, .5, .25  # inches around a panel
+_LINE, _LETTER = .8, .085             # inches of a legend
+
+def _panels(figure: Picture, letters: int) -> np.ndarray:  # as pixels, with room for a legend of so many letters
+    figure.set_layout_engine("none")
+    (width, height), legend = figure.get_size_inches(), _LINE + _LETTER * letters
+    figure.set_size_inches(width := width + legend, height)
+    pitch = (width - legend) / len(figure.axes)
+    for k, ax in enumerate(figure.axes):
+        ax.set_position([(k * pitch + _LEFT) / width, _BELOW / height,
+                         (pitch - _LEFT) / width, 1 - (_BELOW + _ABOVE) / height])
+    return figure_pixels(figure)
+
 # %% ../../nbs/6_widgets/68_runs.ipynb #5ac51f0e
 @patch
 def render(self: RunTable,
     state: dict[str, Any],  # runs, show, part, terms, window
-) -> Picture:
+) -> Picture | np.ndarray:
     "Curves of a part, or the film of its model, for the selected runs. Raises `RunError`."
     both, part = self.compared(state["runs"]), state["part"]
     if state["show"] == "curves" and part in both.metrics and state["terms"]:
-        return both.curves(part, state["terms"].split(", "))
+        return _panels(both.curves(part, state["terms"].split(", ")), max(map(len, both.folders)))
     model = (part or "").partition("/")[0]
     if state["show"] == "film" and model in both.windows: return both.film(model, state["window"])
     raise RunError(f"none of {', '.join(state['runs'])} has a {state['show']} of {model or 'any model'} yet; "
