@@ -139,9 +139,8 @@ class Comparison:
     def __repr__(self) -> str: return f"Comparison({', '.join(self.folders)}: {len(self.rows)} results)"
 
 def _read(folder: RunFolder) -> dict[str, Any]:  # what a run's files say: settings, status, rows, …
-    try: settings = read_settings(folder)
+    try: settings, models, metrics = read_settings(folder), read_models(folder), {}
     except SettingsError as error: raise RunError(f"{folder.path} cannot be read: {error}") from None
-    models, metrics = read_models(folder), {}
     for name, stage in ((name, stage) for name, about in models.items() for stage in about["stages"]):
         path = folder.part(name, stage) / "metrics.jsonl"
         if path.exists(): metrics[name if stage == "world" else f"{name}/{stage}"] = read_metrics(path)
@@ -180,8 +179,7 @@ def _by_run(found: dict[str, dict], part: str) -> dict[str, dict[str, Any]]:  # 
 def _find_all(runs: list[str | Path], where: str | Path | None) -> dict[str, RunFolder]:
     if isinstance(runs, str) or not runs:
         raise RunError(f"runs is {shorten(runs)}, and a list of names is wanted, such as ['mine', 'sample']")
-    found = [find_run(run, where) for run in runs]
-    folders = {shown_name(folder): folder for folder in found}
+    folders = {shown_name(folder): folder for folder in (found := [find_run(run, where) for run in runs])}
     if len(folders) == len(found): return folders
     raise RunError(f"two of {', '.join(map(shown_name, found))} have one name; rename the folder of one")
 
@@ -219,8 +217,7 @@ def curves(self: Comparison,
 ) -> Picture:
     "Training and validation curves of a part, runs overlaid. Raises `RunError` if none has written any."
     metrics = self.metrics.get(part, {})
-    known = term_names(metrics)
-    if not known: raise RunError(f"no run has written the metrics of {part} yet; train it, or choose another part")
+    if not (known := term_names(metrics)): raise RunError(f"no run has written the metrics of {part} yet; train it")
     return plot_terms(metrics, terms or known[:3], part)
 
 @patch
