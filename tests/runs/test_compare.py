@@ -193,7 +193,7 @@ def test_an_unfinished_run_is_compared_by_what_there_is(runs):
 def test_a_run_killed_before_its_first_step_has_no_curves(copies):
     for path in (copies / "first" / "models").rglob("metrics.jsonl"): path.write_text("")
     for part in ("encdec", "nothing"):
-        with refused(RunError, f"no run has written the metrics of {part} yet"):
+        with refused(RunError, f"no run has written metrics of {part} yet"):
             compare(["first"], copies).curves(part)
 
 

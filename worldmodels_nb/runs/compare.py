@@ -116,9 +116,8 @@ def strip_rows(
         if shared is None: groups.append((window["truth"], rows))
         rows |= {name.replace(model, run, 1): frames for name, frames in window.items() if name != "truth"}
     if len(groups) == 1: return {"truth": groups[0][0]} | groups[0][1]
-    found = {}
-    for truth, rows in groups: found |= {f"truth of {next(iter(rows))}": truth} | rows
-    return _same_size(found)
+    return _same_size({name: frames for truth, rows in groups
+                       for name, frames in {f"truth of {next(iter(rows))}": truth, **rows}.items()})
 
 def _same_size(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     side = max(frames.shape[-1] for frames in rows.values())
@@ -152,14 +151,14 @@ def _read(folder: RunFolder) -> dict[str, Any]:  # what a run's files say: setti
                 evaluated=evaluated, windows=windows, origin=origin)
 
 # %% ../../nbs/5_runs/57_compare.ipynb #7ef7348d
+_CHANCE = "They differ in nothing but their seeds, so what differs below is the work of chance."
 _SINGLE = ("Each column is one run with one seed (n = 1): a difference is one between single runs. Intervals "
            "are 95 % over a run's own validation windows, and say nothing about other seeds.")
 
 def _notes(found: dict[str, dict], differing: set[str]) -> list[str]:
     hashes = {read["origin"]["dataset_hash"] for read in found.values() if read["origin"]}
     notes = [_SINGLE] if len(found) > 1 else []
-    if differing == {"run.seed"}:
-        notes.append("They differ in nothing but their seeds, so what differs below is the work of chance.")
+    if differing == {"run.seed"}: notes.append(_CHANCE)
     if "env.id" in differing: notes.append("Their environments differ, and errors have no common scale.")
     elif len(hashes) > 1:
         notes.append("They learnt from different datasets, and each is measured on episodes of its own.")
@@ -179,7 +178,8 @@ def _by_run(found: dict[str, dict], part: str) -> dict[str, dict[str, Any]]:  # 
 def _find_all(runs: list[str | Path], where: str | Path | None) -> dict[str, RunFolder]:
     if isinstance(runs, str) or not runs:
         raise RunError(f"runs is {shorten(runs)}, and a list of names is wanted, such as ['mine', 'sample']")
-    folders = {shown_name(folder): folder for folder in (found := [find_run(run, where) for run in runs])}
+    found = [find_run(run, where) for run in runs]
+    folders = {shown_name(folder): folder for folder in found}
     if len(folders) == len(found): return folders
     raise RunError(f"two of {', '.join(map(shown_name, found))} have one name; rename the folder of one")
 
@@ -216,9 +216,9 @@ def curves(self: Comparison,
     terms: list[str] | None = None,  # which; None for the first three
 ) -> Picture:
     "Training and validation curves of a part, runs overlaid. Raises `RunError` if none has written any."
-    metrics = self.metrics.get(part, {})
-    if not (known := term_names(metrics)): raise RunError(f"no run has written the metrics of {part} yet; train it")
-    return plot_terms(metrics, terms or known[:3], part)
+    found = self.metrics.get(part, {})
+    if not (known := term_names(found)): raise RunError(f"no run has written metrics of {part} yet; train it")
+    return plot_terms(found, terms or known[:3], part)
 
 @patch
 def horizons(self: Comparison,
