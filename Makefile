@@ -14,9 +14,9 @@ export GOMP_SPINCOUNT = 1000
 export PLOTLY_RENDERER = plotly_mimetype
 export PYTHONWARNINGS = ignore::DeprecationWarning:zmq
 
-.PHONY: help demo run lab test style bench sample readme export
+.PHONY: help demo run lab test style bench sample readme docs export
 help:
-	@echo "make demo | run | lab | test | style | bench | sample | readme | export"
+	@echo "make demo | run | lab | test | style | bench | sample | readme | docs | export"
 
 .venv/core: pyproject.toml constraints.txt jupyter_server_config.py
 	$(PYTHON) -m venv .venv
@@ -26,7 +26,7 @@ help:
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,cluster,trackio,atari,ppo,minari,wandb,hf]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,cluster,trackio,lerobot,atari,ppo,minari,wandb,hf]"
 	touch $@
 
 # One experiment and its report: make demo, or make run RUN=mine PRESET=smoke
@@ -70,6 +70,11 @@ sample: .venv/core
 
 readme: .venv/core
 	@$(BIN)/jupyter nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed "s|\.\./figures|figures|g; s|](\([0-9]_[a-z]*/\)|](nbs/\1|g" | awk '/^```/ {open = !open; if (open && $$0 == "```") $$0 = "```python"} 1' > "$(README)"
+
+# The site in _docs: by Quarto where it is installed, by Sphinx where it is not
+docs: .venv/dev
+	@if command -v quarto >/dev/null; then $(BIN)/nbdev-docs; \
+	else OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from worldmodels_nb.reference.site import make_docs; sys.exit(make_docs())"; fi
 
 export: .venv/core
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean

@@ -1,11 +1,11 @@
-"""The wheel carries what a repository has beside the package: the settings, the presets and the sample."""
+"""The wheel carries what a repository has beside the package: settings, presets, sample, a run's notebook."""
 import shutil
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-DEFAULTS = ("settings.ini", "data/presets", "data/sample")
+DEFAULTS = ("settings.ini", "data/presets", "data/sample", "nbs/7_run/70_run_experiment.ipynb")
 
 
 class BuildWithDefaults(build_py):

@@ -7,20 +7,23 @@ __all__ = ['FURTHER_TERMS', 'BOUNDS', 'Section', 'knob', 'refusal', 'section', '
            'RunSettings', 'EnvSettings', 'PPOSettings', 'CollectSettings', 'DataSettings', 'ModelSettings',
            'PatchSettings', 'CnnSettings', 'VitSettings', 'MlpSettings', 'EncoderSettings', 'DecoderSettings', 'Recipe',
            'ModelRecipe', 'EncdecSettings', 'EncdecJepaSettings', 'PredictorSettings', 'JepaSettings', 'BarlowSettings',
-           'DinoSettings', 'SigregSettings', 'LossSettings', 'refuse_heads', 'ClipSettings', 'PretrainSettings',
-           'ActionSettings', 'VJEPA2Settings', 'TrainingSettings', 'HeadRecipe', 'StateDecoderSettings',
-           'RewardMLPSettings', 'LarpSettings', 'TrainSettings', 'ProbeSettings', 'EvaluationSettings',
-           'TrackingSettings', 'find_conflict', 'Settings', 'sections', 'section_keys', 'settings_table', 'find_fault',
-           'make_settings', 'FileError', 'WriteError', 'parse_json', 'read_text', 'read_json', 'read_json_lines',
-           'read_arrays', 'writing', 'write_whole', 'write_json', 'repo_root', 'expand', 'shipped', 'read_presets',
-           'load_settings', 'save_settings', 'seed_everything', 'pick_device']
+           'DinoSettings', 'SigregSettings', 'import_chapters', 'LossSettings', 'refuse_heads', 'ClipSettings',
+           'PretrainSettings', 'ActionSettings', 'VJEPA2Settings', 'TrainingSettings', 'HeadRecipe',
+           'StateDecoderSettings', 'RewardMLPSettings', 'LarpSettings', 'TrainSettings', 'ProbeSettings',
+           'EvaluationSettings', 'TrackingSettings', 'find_conflict', 'Settings', 'sections', 'section_keys',
+           'settings_table', 'find_fault', 'make_settings', 'FileError', 'WriteError', 'parse_json', 'read_text',
+           'read_json', 'read_json_lines', 'read_arrays', 'writing', 'write_whole', 'write_json', 'repo_root', 'expand',
+           'shipped', 'read_presets', 'load_settings', 'save_settings', 'seed_everything', 'pick_device']
 
 # %% ../nbs/0_data/00_settings.ipynb #03e65176
 import ast, configparser, difflib, errno, io, json, math, os, random, re, reprlib, tempfile, tomllib, zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from fastcore.basics import patch
 import numpy as np
@@ -342,6 +345,14 @@ class SigregSettings(Section):
     points: int = knob(17, "points at which characteristic functions are compared", "points", ge=2, le=1024)
     largest: float = knob(3.0, "the largest of these points", gt=0, le=100)
 
+# %% ../nbs/0_data/00_settings.ipynb #how00001
+@cache
+def import_chapters(
+    package: str,  # such as worldmodels_nb.nn
+) -> None:
+    "Import all modules of a package, so that what they declare is known; once."
+    for module in iter_modules(import_module(package).__path__): import_module(f"{package}.{module.name}")
+
 # %% ../nbs/0_data/00_settings.ipynb #6595f1f6
 FURTHER_TERMS: dict[str, float] = {}  # terms declared later: name → default weight
 
@@ -373,6 +384,7 @@ class LossSettings(Section):
 
     @model_validator(mode="after")
     def _declared(self):
+        if set(self.model_extra) - set(FURTHER_TERMS): import_chapters("worldmodels_nb.nn")
         known = [*type(self).model_fields, *FURTHER_TERMS]
         for name in self.model_extra:
             if name not in FURTHER_TERMS:
@@ -604,13 +616,16 @@ class EvaluationSettings(Section):
 
 # %% ../nbs/0_data/00_settings.ipynb #28925354
 class TrackingSettings(Section):
-    "A mirror of the run at Weights & Biases (extra: wandb); local files are always written."
-    enabled: bool = knob(False, "send metrics, settings and pictures there as well")
+    "A mirror of the run on a service or in a dashboard of your own; local files are always written."
+    enabled: bool = knob(False, "hand metrics, settings and pictures to the backend as well")
+    backend: Literal["wandb", "trackio"] = knob(
+        "wandb", "Weights & Biases, or Trackio, which keeps all on this machine; an extra of that name")
     project: str = knob("rl_worlds", "which of your projects the run is listed in", min_length=1)
-    entity: str | None = knob(None, "user or team; null for your default")
+    entity: str | None = knob(None, "user or team at Weights & Biases; null for your default")
     run_name_prefix: str = knob(
         "exp", "first word of the run's name, as in exp-20250101-120000", min_length=1)
-    mode: Literal["online", "offline"] = knob("online", "offline writes a folder that wandb sync uploads")
+    mode: Literal["online", "offline"] = knob(
+        "online", "of Weights & Biases: offline writes a folder that wandb sync uploads")
 
 # %% ../nbs/0_data/00_settings.ipynb #c7050aef
 def _value(s: "Settings", key: str) -> Any:  # "decoder.dim" → 128
@@ -627,7 +642,7 @@ def _learns_nothing(s: "Settings") -> bool:  # JEPA, by weights that are all 0
 
 # %% ../nbs/0_data/00_settings.ipynb #4a35b765
 def find_conflict(
-    s: "Settings",  # each section valid by itself
+    s: BaseModel,  # settings, each section valid by itself
 ) -> str | None:    # one sentence; None if all fits
     "What in these settings does not fit together, and what to change."
     vit, queries = s.model.encoder == "vit", s.decoder.type == "transformer"
@@ -853,6 +868,7 @@ def _advice(key: str, given: Any) -> str:
     try: text = str(given) if isinstance(given, kinds) else ""
     except (ValueError, RecursionError): return ""  # a number of too many digits, a list without end
     for meant in _meant(key, text) if text else []:
+        if type(meant) is type(given) and meant == given: return ""
         if not isinstance(meant, float) or "e" not in text.lower(): return f"; write {_written(meant)}"
         plain = np.format_float_positional(meant, trim="0")
         return f"; write {plain} or {np.format_float_scientific(meant, trim='0', exp_digits=1)}"

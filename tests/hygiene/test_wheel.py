@@ -15,7 +15,7 @@ from worldmodels_nb.settings import repo_root
 
 ROOT = repo_root(Path(__file__).parent)
 BUILDS_FROM = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "settings.ini", "data",
-               "worldmodels_nb", "tests")
+               "nbs", "worldmodels_nb", "tests")
 BEGIN = "from pathlib import Path\nimport worldmodels_nb\nhome = Path(worldmodels_nb.__file__).parents[1]\n"
 
 
@@ -74,7 +74,7 @@ def elsewhere(installed, tmp_path):
 def test_the_wheel_is_the_package_and_its_defaults(built):
     package = [p for p in (ROOT / "worldmodels_nb").rglob("*.py")]
     data = [p for name in ("presets", "sample") for p in (ROOT / "data" / name).rglob("*") if p.is_file()]
-    defaults = [ROOT / "settings.ini", *data]
+    defaults = [ROOT / "settings.ini", *data, ROOT / "nbs" / "7_run" / "70_run_experiment.ipynb"]
     kept = [p.relative_to(ROOT).as_posix() for p in package]
     kept += [f"worldmodels_nb/defaults/{p.relative_to(ROOT).as_posix()}" for p in defaults]
     assert [name for name in names(built) if ".dist-info/" not in name] == sorted(kept)
@@ -92,7 +92,8 @@ def test_what_every_import_needs_is_asked_for():
     "What modules import at their top is a dependency, comes with one, or with Python."
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     known = {re.match(r"[\w-]+", asked)[0].lower() for asked in project["dependencies"]}
-    known |= {"worldmodels_nb", "pil", "ipython", "traitlets", *sys.stdlib_module_names}  # come with others
+    known |= {"worldmodels_nb", "pil", "ipython", "traitlets", "psutil", "yaml", "nbformat"}  # come along
+    known |= {*sys.stdlib_module_names}
     text = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "worldmodels_nb").rglob("*.py"))
     found = re.findall(r"^(?:from (\w+)[\w.]* import|import ([\w., ]+))", text, re.M)
     tops = {name.split()[0].split(".")[0] for one, many in found for name in (one or many).split(",")}
@@ -215,4 +216,19 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(elsewhere, tmp_path):
     assert str(folder) in said and said.split()[0] not in ("PermissionError", "OSError")
 
 
-def test_the_readme_tour_has_code(): assert "Windows(data" in tour() and len(tour().splitlines()) > 8
+def test_the_readme_tour_has_code(): assert "open_run(" in tour() and len(tour().splitlines()) > 8
+
+
+def test_the_command_of_the_installed_package(installed, tmp_path):
+    "A run by the program that the wheel brings, with its notebook; the repository is not there."
+    home = {"PYTHONPATH": str(installed), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    program = installed / "bin" / "worldmodels"
+    changes = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    def command(*words): return python(program, *words, cwd=tmp_path, env=os.environ | home)
+    changes += ["--set", "run.models=[jepa]"]
+    assert "report.html" in done(command("run", "mine", "-p", "smoke", *changes))
+    run = tmp_path / "data" / "runs" / "mine"
+    assert (run / "run.ipynb").is_file() and (run / "report.html").is_file()
+    assert "mine" in done(command("runs", "list"))
+    wrong = command("report", "another")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..data.datasets import Batch
 from ..data.episodes import DataSpec
 from ..nn.layers import frames_to_float, mlp
+from ..nn.losses import gather_batch, own_share, shares
 from ..nn.masks import all_steps, check_masks, draw_masks
 from ..nn.rotary import RotaryBlock, angle_dtype, grid_positions, init_weights, rotary_tables
 from ..settings import Settings, SettingsError
@@ -288,13 +289,13 @@ def loss(self: MaskedPredictionModel,
     rows, grid = self.target.patch_embed.patchify(clip)                        # (B, N, C·t·p·p)
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
     y, errors, asked = self.target_tokens(rows, grid), [], []                  # y (B, N, D)
-    for kind, mask in enumerate(draw_masks(self.settings, len(rows), grid, generator)):
-        context, targets = (part.to(rows.device) for part in mask)             # (B, K), (B, K')
+    for kind, mask in enumerate(draw_masks(self.settings, shares() * len(rows), grid, generator)):
+        context, targets = (own_share(part).to(rows.device) for part in mask)  # (B, K), (B, K')
         predicted = self.predict(rows, grid, context, targets, kind)           # (B, K', D)
         errors.append(F.l1_loss(predicted, gather_tokens(y, targets)))
         asked.append(targets)
     error = torch.stack(errors).mean()
-    terms = dict(prediction=error.detach(), spread=y.std(0, correction=0).mean())
+    terms = dict(prediction=error.detach(), spread=gather_batch(y).std(0, correction=0).mean())
     if self.training: return LossTerms(error, terms)
     constant = constant_error(y, asked)
     return LossTerms(error / constant, terms | dict(skill=1 - error.detach() / constant))

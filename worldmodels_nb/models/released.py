@@ -63,7 +63,7 @@ def _heads(part: str, width: int, given: int | None, config: dict | None) -> int
     argument = "predictor_heads" if part == "predictor" else "heads"
     if heads is None:
         raise ReleasedError(f"how many attention heads the {part} of width {width} has cannot be read from "
-                            f"its weights; give {argument}")
+                            f"its weights; give {argument}, or {key} in a config.json beside them")
     if type(heads) is int and 0 < heads <= width // 6 and width % heads == 0: return heads
     raise ReleasedError(f"the {part} of width {width} cannot have {shorten(heads)} attention heads, each of "
                         f"width 6 or more; mend config.json, or give {argument}")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data.envs import ActionSpec
 from .layers import autocast, mlp
-from .losses import covariance_loss, inverse_loss, sigreg_loss, smoothness_loss
-from .losses import variance_loss
+from .losses import covariance_loss, gather_batch, inverse_loss, sigreg_loss
+from .losses import smoothness_loss, variance_loss
 from .predictors import InverseDynamics
 from ..settings import FURTHER_TERMS, LossSettings, Settings, SettingsError, nearest
 
@@ -251,10 +251,11 @@ def _samples(x: Tensor) -> Tensor:
 @patch
 def _views(self: Regularizer, z: Tensor, predicted: Tensor | None) -> dict[str, tuple[Tensor, ...]]:
     if not self._projects: return {}
-    x = self.projector(z)                                                # (B, T+1, N, K)
+    x = gather_batch(self.projector(z))                                  # (B, T+1, N, K)
     samples = _samples(x)                                                # (N, B·(T+1), K)
     if not self.two_views: return {"latents": (samples,), "two_views": (samples, samples)}
-    a, b = _samples(self.projector(predicted)), _samples(x[:, 1:])       # (N, B·T, K) each
+    predicted = gather_batch(self.projector(predicted))                  # (B, T, N, K)
+    a, b = _samples(predicted), _samples(x[:, 1:])                       # (N, B·T, K) each
     return {"latents": (samples,), "two_views": (a, b)}
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #reg025

@@ -16,7 +16,7 @@ from ..data.episodes import DataSpec
 from ..data.ppo import load_agent
 from ..data.progress import progress_bar
 from ..eval.rollouts import evaluation_horizons
-from ..models.base import Stage, WorldModel, build_model
+from ..models.base import Stage, WorldModel, build_model, check_model
 from .claim import release_run
 from .evaluation import evaluate_model
 from .folder import STAGES, STATUS_SCHEMA, check_names, read_status, write_status
@@ -47,14 +47,23 @@ def _check_memory(name: str, world: WorldModel) -> None:
     raise SettingsError(f"{name} would need {needed / 2**30:,.0f} GiB to be trained, and this machine has "
                         f"{there / 2**30:,.0f}; lower the widths in [model], in [encoder.…], or its own")
 
+_SOUND: set[tuple[type, int]] = set()  # models that kept their word, under which settings
+
+def _check_once(name: str, world: WorldModel, settings: Settings) -> None:
+    "Raises `ModelError`; every stage of a run comes by here."
+    key = type(world), hash(settings.model_dump_json())
+    if key not in _SOUND: check_model(name, world)
+    _SOUND.add(key)
+
 def blank_models(
     settings: Settings,  # resolved
     spec: DataSpec,      # shapes of frames, actions and states
 ) -> dict[str, WorldModel]:  # by name
-    "Every model of a run without values: nothing but shapes. Raises `SettingsError`."
+    "Every model of a run without values: nothing but shapes. Raises `SettingsError`, `ModelError`."
     quiet = warnings.catch_warnings(action="ignore")  # weights that are read have no place to go
     with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet:
-        worlds = {name: build_model(name, settings, spec) for name in settings.run.models}
+        worlds = {name: build_model(name, settings, spec).to("meta") for name in settings.run.models}
+        for name, world in worlds.items(): _check_once(name, world, settings)
     for name, world in worlds.items(): _check_memory(name, world)
     return worlds
 

@@ -104,6 +104,8 @@ class Run:
     model: Trainable                  # what is trained
     optimizer: torch.optim.Optimizer  # over its trainable parameters
     settings: TrainingSettings        # the recipe; settings.steps is the end
+    sample: Callable[[int], Batch] | None = None      # the batch of a step, for who must look into it again
+    loss: Callable[[Batch], LossTerms] | None = None  # of a batch; a callback may put another way to it here
     step: int = 0                     # updates done
     learning_rate: float = 0.0        # of the latest update
     losses: LossTerms | None = None   # of the latest batch; still on the device
@@ -113,7 +115,6 @@ class Run:
     resume_state: dict[str, float] = field(default_factory=dict)  # numbers that a restart must know
     checkpoint: str = ""              # where the run could be taken up again; empty for nowhere
     began: float = field(default_factory=time.perf_counter)  # clock reading at step 0, moved by a restart
-    sample: Callable[[int], Batch] | None = None  # the batch of a step again, for who must look into it
 
 # %% ../../nbs/2_training/20_fit.ipynb #0f2edcf2
 @patch(as_prop=True)
@@ -145,14 +146,14 @@ def fit_steps(
     device: str | torch.device = "cpu",  # where to compute
 ) -> Iterator[Run]:                   # the run: before the first step, and after each; the model in place
     "The one plain loop, a step at a time. Raises `TrainingError` if nothing can be trained."
-    run = Run(model.to(device).train(), make_optimizer(model, settings), settings, sample=sample)
+    run = Run(model.to(device).train(), make_optimizer(model, settings), settings, sample, model.loss)
     for callback in callbacks: callback.on_start(run)
     yield run
     while run.step < settings.steps and not run.stop:
         run.log, run.learning_rate = {}, learning_rate(run.step, settings.steps, settings)
         for group in run.optimizer.param_groups: group["lr"] = run.learning_rate
         run.optimizer.zero_grad()
-        with autocast(device, settings.bf16): run.losses = model.loss(sample(run.step).to(device))
+        with autocast(device, settings.bf16): run.losses = run.loss(sample(run.step).to(device))
         run.losses.total.backward()
         run.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         for callback in callbacks: callback.before_update(run)
@@ -346,5 +347,4 @@ def count_parameters(
 ) -> dict[str, int]:   # {child: trainable parameters}, and "frozen" for all the rest
     "Trainable parameters of each top-level part, and how many are frozen."
     def _size(part, learns): return sum(p.numel() for p in part.parameters() if p.requires_grad == learns)
-    counts = {name: _size(child, True) for name, child in model.named_children()}
-    return {**counts, "frozen": _size(model, False)}
+    return {n: _size(part, True) for n, part in model.named_children()} | {"frozen": _size(model, False)}

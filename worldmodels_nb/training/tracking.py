@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['END', 'JOURNAL_SCHEMA', 'ANSWER_WITHIN', 'UPLOAD_WITHIN', 'LOG_IN', 'Tracker', 'Tracking', 'TrackingWarning',
-           'ThreadedTracker', 'Journal', 'Once', 'run_name', 'WandbTracker', 'make_tracker']
+           'ThreadedTracker', 'Journal', 'Once', 'run_name', 'LibraryTracker', 'WandbTracker', 'TrackioTracker',
+           'make_tracker']
 
 # %% ../../nbs/2_training/23_tracking.ipynb #b109b43c
-import io, json, os, queue, secrets, sys, threading, warnings
+import contextlib, io, json, os, queue, secrets, sys, threading, warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -196,37 +197,46 @@ def run_name(
     "What a run is called on the service."
     return f"{prefix}-{when:%Y%m%d-%H%M%S}"
 
-# %% ../../nbs/2_training/23_tracking.ipynb #911ce989
-class WandbTracker(Tracker):
-    "Mirrors to a run of Weights & Biases. May raise whatever that library raises."
+# %% ../../nbs/2_training/23_tracking.ipynb #trk001
+class LibraryTracker(Tracker):
+    "Mirrors to a run of a library, by `_log` and `_image` of a subclass. Raises what that library raises."
     def __init__(self,
-        run: Any,  # what wandb.init gave
+        run: Any,  # the library's own
     ):
-        self.run, self.declared = run, set()
+        self.run = run
 
     def metrics(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         "Log numbers over the part's own steps."
         self._log(prefix, step, {f"{prefix}/{name}": value for name, value in values.items()})
 
+    def picture(self, name: str, picture: Figure | str | Path, step: int) -> None:
+        "Log a picture over the part's own steps."
+        file = io.BytesIO(png_bytes(picture)) if isinstance(picture, Figure) else picture
+        with Image.open(file) as image:
+            self._log(name.rpartition("/")[0], step, {name: self._image(image)})
+
+# %% ../../nbs/2_training/23_tracking.ipynb #911ce989
+class WandbTracker(LibraryTracker):
+    "Mirrors to a run of Weights & Biases."
+    def __init__(self,
+        run: Any,  # what wandb.init gave
+    ):
+        super().__init__(run)
+        self.declared = set()
+
     def finish(self, status: str = "finished") -> None:
         "Upload the rest, and close the run. Raises `TimeoutError` if that takes too long."
         self.run.finish(exit_code=int(status != "finished"))
 
-# %% ../../nbs/2_training/23_tracking.ipynb #3cf71b7f
-@patch
-def picture(self: WandbTracker, name: str, picture: Figure | str | Path, step: int) -> None:
-    "Log a picture over the part's own steps."
-    import wandb
-    file = io.BytesIO(png_bytes(picture)) if isinstance(picture, Figure) else picture
-    with Image.open(file) as image:
-        self._log(name.rpartition("/")[0], step, {name: wandb.Image(image)})
+    def _image(self, image: Image.Image) -> Any:
+        import wandb
+        return wandb.Image(image)
 
-@patch
-def _log(self: WandbTracker, part: str, step: int, row: dict) -> None:
-    axis = f"{part}/step"
-    for name in row.keys() - self.declared: self.run.define_metric(name, step_metric=axis)
-    self.declared |= row.keys()
-    self.run.log({axis: step, **row})
+    def _log(self, part: str, step: int, row: dict) -> None:
+        axis = f"{part}/step"
+        for name in row.keys() - self.declared: self.run.define_metric(name, step_metric=axis)
+        self.declared |= row.keys()
+        self.run.log({axis: step, **row})
 
 # %% ../../nbs/2_training/23_tracking.ipynb #16ad9dd1
 ANSWER_WITHIN = 15.0  # seconds the service has to open a run
@@ -248,11 +258,11 @@ def _quiet() -> Any:
                           x_transaction_log_flush_interval=1.0, init_timeout=ANSWER_WITHIN,
                           finish_timeout=UPLOAD_WITHIN, finish_timeout_raises=True)
 
-def _open_wandb(folder: Path, config: dict[str, Any], project: str, entity: str | None,
-                run_name_prefix: str, mode: str) -> tuple[Any, Journal]:
+def _open_wandb(folder: Path, config: dict[str, Any], name: str, project: str, entity: str | None,
+                mode: str) -> tuple[Tracker, Journal, str]:
     quiet = _quiet()
     from wandb import init, login, setup
-    journal = Journal(folder / "tracking.jsonl", run_name(run_name_prefix, datetime.now()))
+    journal = Journal(folder / "tracking.jsonl", name)
     if mode == "online": mode = setup(quiet).settings.mode  # WANDB_MODE and `wandb offline` have their say
     if mode == "online" and (reason := _no_service(login)):
         mode = "offline"
@@ -260,27 +270,56 @@ def _open_wandb(folder: Path, config: dict[str, Any], project: str, entity: str 
               f"wandb sync {folder / 'wandb'}/offline-run-* uploads it")
     run = init(dir=folder, config=config, project=project, entity=entity, name=journal.name, id=journal.id,
                resume="allow", reinit="create_new", mode=mode, settings=quiet)
-    return run, journal
+    remedy = f"; wandb sync {Path(run.dir).parent} uploads what it was given until then"
+    return WandbTracker(run), journal, remedy
+
+# %% ../../nbs/2_training/23_tracking.ipynb #trk003
+class TrackioTracker(LibraryTracker):
+    "Mirrors to a run of Trackio, in a database on this machine."
+    def finish(self, status: str = "finished") -> None:
+        "Write the rest; the dashboard keeps no account of how a run ended."
+        with contextlib.redirect_stdout(io.StringIO()): self.run.finish()
+
+    def _image(self, image: Image.Image) -> Any:
+        import trackio
+        return trackio.Image(image)
+
+    def _log(self, part: str, step: int, row: dict) -> None:
+        self.run.log(row, step=step)
+
+# %% ../../nbs/2_training/23_tracking.ipynb #trk005
+def _open_trackio(folder: Path, config: dict[str, Any], name: str, project: str, entity: str | None,
+                  mode: str) -> tuple[Tracker, Journal, str]:
+    os.environ.setdefault("TRACKIO_DIR", str(folder.absolute().parent / ".trackio"))
+    import trackio
+    class LocalRun(trackio.Run):
+        def _get_username(self): return None  # the library would ask Hugging Face
+    journal = Journal(folder / "tracking.jsonl", name)
+    run = LocalRun(None, project, None, journal.name, config=config, run_id=journal.id)
+    return TrackioTracker(run), journal, ""
 
 # %% ../../nbs/2_training/23_tracking.ipynb #93ba89a0
+_BACKENDS = {"wandb": ("Weights & Biases", _open_wandb), "trackio": ("Trackio", _open_trackio)}
+
 def make_tracker(
-    folder: str | Path,            # of the run; what is written for the service goes below it
+    folder: str | Path,            # of the run; what is written for a service goes below it
     config: Mapping[str, Any],     # the resolved settings by section, sent along
     enabled: bool = False,         # False for a tracker that does nothing
     project: str = "rl_worlds",    # which of your projects the run is listed in
-    entity: str | None = None,     # user or team; None for your default
+    entity: str | None = None,     # user or team at Weights & Biases; None for your default
     run_name_prefix: str = "exp",  # first word of the run's name
-    mode: Literal["online", "offline"] = "online",  # offline writes a folder for wandb sync
+    mode: Literal["online", "offline"] = "online",    # of Weights & Biases: offline is for wandb sync
+    backend: Literal["wandb", "trackio"] = "wandb",   # which library
 ) -> Tracker:                      # says its first failure in one sentence, and never raises
     "A tracker for a run, new or taken up again. If it cannot start, it says why, and the run goes untracked."
     if not enabled: return Tracker()
-    try: run, journal = _open_wandb(Path(folder), dict(config), project, entity, run_name_prefix, mode)
+    (name, start), new = _BACKENDS[backend], run_name(run_name_prefix, datetime.now())
+    try: tracker, journal, remedy = start(Path(folder), dict(config), new, project, entity, mode)
     except ImportError:
         _warn("the run goes on untracked, for tracking.enabled needs an extra: "
-              'pip install "worldmodels_nb[wandb]"')
+              f'pip install "worldmodels_nb[{backend}]"')
         return Tracker()
     except Exception as error:
-        _warn(f"the run goes on untracked, for Weights & Biases did not start ({_reason(error)})")
+        _warn(f"the run goes on untracked, for {name} did not start ({_reason(error)})")
         return Tracker()
-    remedy = f"; wandb sync {Path(run.dir).parent} uploads what it was given until then"
-    return ThreadedTracker(Once(WandbTracker(run), journal), remedy, UPLOAD_WITHIN + 5)
+    return ThreadedTracker(Once(tracker, journal), remedy, UPLOAD_WITHIN + 5)

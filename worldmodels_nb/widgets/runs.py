@@ -173,7 +173,7 @@ ABOUT = TEMPLATES.from_string("""{% for note in about.notes %}<p>{{ note }}</p>{
 _LEFT, _BELOW, _ABOVE = .75, .5, .25  # inches around a panel
 _LINE, _LETTER = .8, .085             # inches of a legend
 
-def _panels(figure: Picture, letters: int) -> np.ndarray:  # as pixels, with room for a legend of so many letters
+def _panels(figure: Picture, letters: int) -> np.ndarray:  # as pixels; letters of the longest legend
     figure.set_layout_engine("none")
     (width, height), legend = figure.get_size_inches(), _LINE + _LETTER * letters
     figure.set_size_inches(width := width + legend, height)

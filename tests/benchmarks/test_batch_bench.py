@@ -1,0 +1,62 @@
+"What a batch costs beyond its runs, and twelve real runs whose drivers and workers are killed; `make bench`."
+import random
+import subprocess
+import sys
+import time
+
+from batch_tools import counting_grid, counting_notebook, driver, until, workers, write_notebook
+from run_tools import bytes_of
+
+from worldmodels_nb.runs.batch import run_batch
+from worldmodels_nb.runs.grid import read_grid
+
+EMPTY, PROCESSES = 20, 2
+IMPORT = "from worldmodels_nb.runs import experiment"
+
+
+def test_overhead_of_empty_runs(benchmark, tmp_path):
+    "Seconds a run and core, beyond a plain papermill of an empty notebook that imports the package."
+    plain = write_notebook(tmp_path / "plain.ipynb", IMPORT)
+    command = [sys.executable, "-m", "papermill", plain, tmp_path / "out.ipynb", "--no-progress-bar"]
+    began = time.perf_counter()
+    for _ in range(2): subprocess.run(command, check=True, capture_output=True)
+    alone = (time.perf_counter() - began) / 2
+    grid = counting_grid(EMPTY, "empty")
+    book = counting_notebook(tmp_path / "count.ipynb", steps=0, before=IMPORT + "\n")
+    rows = benchmark.pedantic(run_batch, (grid, tmp_path), dict(notebook=book, processes=PROCESSES), rounds=1)
+    assert {row["status"] for row in rows} == {"finished"}
+    a_run = benchmark.stats.stats.total * PROCESSES / EMPTY
+    benchmark.extra_info |= dict(plain=alone, a_run=a_run, overhead=a_run - alone)
+    print(f"a run {a_run:.2f} s, plain papermill {alone:.2f} s: overhead {a_run - alone:.2f} s")
+
+
+def results(grid, runs):
+    "Hashes of all weights, by run and file."
+    found = {cell.run: bytes_of(runs / cell.run) for cell in grid.cells}
+    return {(run, path): value for run, files in found.items() for path, value in files.items()
+            if path.endswith("weights.safetensors")}
+
+
+def smoke_grid(folder):
+    "Twelve runs of the smoke preset."
+    fixed = {"data.dir": str(folder / "datasets"), "train.checkpoint_every": 5}
+    return read_grid(dict(name="smoke", preset="smoke", fixed=fixed,
+                          axes={"run.models": [["jepa"], ["encdec"]], "run.seed": list(range(6))}))
+
+
+def test_twelve_smoke_runs_are_killed_ten_times(benchmark, tmp_path):
+    "Weights of killed runs are those of undisturbed ones, bit for bit, and no run is done twice."
+    chance, grid = random.Random(0), smoke_grid(tmp_path)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run_batch(grid, undisturbed)
+    def disturbed():
+        for _ in range(5):
+            with driver(grid, killed):
+                until(lambda: workers(killed))
+                time.sleep(chance.uniform(5, 20))
+                for worker in workers(killed)[:1]: worker.kill()
+                time.sleep(chance.uniform(0, 10))
+        return run_batch(grid, killed, retries=5)
+    rows = benchmark.pedantic(disturbed, rounds=1)
+    assert [row["status"] for row in rows] == ["finished"] * 12
+    assert results(grid, undisturbed) == results(grid, killed)
