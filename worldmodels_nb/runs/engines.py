@@ -64,7 +64,7 @@ def kill_tree(
     "End a process and all that it has started, at once; a run goes on from its last checkpoint."
     try:
         process = psutil.Process(pid)
-        family = [*[process] * root, *process.children(recursive=True)]  # itself first: it starts nothing more
+        family = [*[process] * root, *process.children(recursive=True)]  # itself first: it starts no more
     except psutil.NoSuchProcess: return
     for member in family:
         try: member.kill()
