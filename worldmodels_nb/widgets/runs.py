@@ -107,7 +107,7 @@ class RunTable(View):
         runs: Iterable[str] = ("sample",),  # selected at first
         where: str | Path | None = None,    # where runs are; None for run.dir of the settings
     ):
-        self.where, self._compared = where, {}
+        self.where, self._compared, self._drawn = where, {}, {}
         lines = run_lines(where, "/lab/tree")
         names = [run["name"] for run in lines if run["status"] != "damaged"]
         chosen = [name for name in runs if name in names] or names[:1]
@@ -170,30 +170,38 @@ ABOUT = TEMPLATES.from_string("""{% for note in about.notes %}<p>{{ note }}</p>{
 {% endfor %}</table></details>{% endif %}""")
 
 # %% ../../nbs/6_widgets/68_runs.ipynb #c6ae3c32
-_LEFT, _BELOW, _ABOVE = .75, .5, .25  # inches around a panel
-_LINE, _LETTER = .8, .085             # inches of a legend
+_LETTER, _BELOW, _ABOVE = .085, .5, .25  # inches: a letter's width, and around a panel
 
-def _panels(figure: Picture, letters: int) -> np.ndarray:  # as pixels; letters of the longest legend
+def _panels(figure: Picture, before: int, after: int) -> np.ndarray:  # as pixels; letters beside a panel
     figure.set_layout_engine("none")
-    (width, height), legend = figure.get_size_inches(), _LINE + _LETTER * letters
-    figure.set_size_inches(width := width + legend, height)
-    pitch = (width - legend) / len(figure.axes)
+    (width, height), left, right = figure.get_size_inches(), .25 + _LETTER * before, _LETTER * after
+    figure.set_size_inches(width := width + right, height)
+    pitch = (width - right) / len(figure.axes)
     for k, ax in enumerate(figure.axes):
-        ax.set_position([(k * pitch + _LEFT) / width, _BELOW / height,
-                         (pitch - _LEFT) / width, 1 - (_BELOW + _ABOVE) / height])
+        ax.set_title(ax.get_title(), y=1)
+        ax.set_position([(k * pitch + left) / width, _BELOW / height,
+                         (pitch - left) / width, 1 - (_BELOW + _ABOVE) / height])
     return figure_pixels(figure)
 
 # %% ../../nbs/6_widgets/68_runs.ipynb #5ac51f0e
 @patch
 def render(self: RunTable,
     state: dict[str, Any],  # runs, show, part, terms, window
-) -> Picture | np.ndarray:
+) -> np.ndarray:            # uint8 (h, w, 3)
     "Curves of a part, or the film of its model, for the selected runs. Raises `RunError`."
+    key = tuple(state.values())
+    if key not in self._drawn: self._drawn[key] = self._render(state)
+    return self._drawn[key]
+
+@patch
+def _render(self: RunTable, state: dict[str, Any]) -> np.ndarray:
     both, part = self.compared(state["runs"]), state["part"]
     if state["show"] == "curves" and part in both.metrics and state["terms"]:
-        return _panels(both.curves(part, state["terms"].split(", ")), max(map(len, both.folders)))
+        return _panels(both.curves(part, state["terms"].split(", ")), 6, 10 + max(map(len, both.folders)))
     model = (part or "").partition("/")[0]
-    if state["show"] == "film" and model in both.windows: return both.film(model, state["window"])
+    if state["show"] == "film" and model in both.windows:
+        film = both.film(model, state["window"])
+        return _panels(film, max(len(label.get_text()) for label in film.axes[0].get_yticklabels()), 0)
     raise RunError(f"none of {', '.join(state['runs'])} has a {state['show']} of {model or 'any model'} yet; "
                    "select another run, or another model")
 
