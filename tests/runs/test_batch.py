@@ -1,4 +1,5 @@
 "A batch loses nothing: its drivers and workers may be killed, its runs may fail, two may share one grid."
+import dataclasses
 import io
 import json
 import random
@@ -10,12 +11,12 @@ import psutil
 import pytest
 from batch_tools import check_counted, counting_grid, counting_notebook, driver, until, workers
 from rich.console import Console
-from run_tools import Page
+from run_tools import SMALL, TWO, Page, bytes_of
 
-from worldmodels_nb.runs.batch import plan_batch, report_batch, run_batch, seed_means
+from worldmodels_nb.runs.batch import BatchRun, batch_folder, plan_batch, report_batch, run_batch, seed_means
 from worldmodels_nb.runs.grid import read_grid
 from worldmodels_nb.runs.report import read_rows
-from worldmodels_nb.runs.rows import BatchView, batch_html
+from worldmodels_nb.runs.rows import BatchFolder, BatchView, batch_html
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,60 @@ def test_failed_ones_are_kept_until_they_are_asked_for(tmp_path):
     assert run_batch(grid, tmp_path, notebook=counting_notebook(book)) == failed
     assert statuses(run_batch(grid, tmp_path, notebook=book, again=True)) == ["finished"]
     check_counted(grid, tmp_path)
+
+
+# ---------------------------------------------------------------- stages that runs share
+
+@pytest.fixture
+def widths(tmp_path):
+    "Three runs with one first stage, and what trains them."
+    fixed = SMALL | TWO | {"run.models": ["vjepa2"], "run.stages": ["data", "train"],
+                           "data.dir": str(tmp_path / "datasets")}
+    axes = {"vjepa2.action.mlp_ratio": [2., 3., 4.]}
+    return read_grid(dict(name="widths", preset="smoke", fixed=fixed, axes=axes))
+
+
+def weights_of(folder):
+    return {path: value for path, value in bytes_of(folder).items() if path.endswith("weights.safetensors")}
+
+
+def test_a_first_stage_is_trained_once_and_weights_are_those_of_runs_that_train_it(widths, tmp_path):
+    rows, place = run_batch(widths, tmp_path / "together"), BatchFolder(tmp_path / "together", "widths")
+    assert statuses(rows) == ["finished"] * 3
+    first, *_, last = [cell.run for cell in widths.cells]
+    loaded = [place.taken(row["run"], "vjepa2", "pretrain") for row in rows]
+    assert loaded == [None] + [str(place.folder(first).path)] * 2
+    alone = dataclasses.replace(widths, cells=widths.cells[2:])
+    assert statuses(run_batch(alone, tmp_path / "alone")) == ["finished"]
+    assert BatchFolder(tmp_path / "alone", "widths").has_trained(last, "vjepa2", "pretrain")
+    assert len(found := weights_of(tmp_path / "together" / last)) == 2
+    assert found == weights_of(tmp_path / "alone" / last)
+
+
+class Nobody:
+    "An engine that has no time."
+    slots = 9
+    def submit(self, command, log): return self
+    def poll(self): return None
+
+
+def test_who_waits_for_a_stage(widths, tmp_path, monkeypatch):
+    trained, begun = set(), set()
+    monkeypatch.setattr(BatchFolder, "has_trained", lambda self, run, model, stage: run in trained)
+    monkeypatch.setattr(BatchFolder, "has_begun", lambda self, run: run in begun)
+    place, quiet = batch_folder(widths, tmp_path), lambda rows: None
+    batch = BatchRun(widths, place, Nobody(), Path("no.ipynb"), 0, None, quiet)
+    monkeypatch.setattr(batch, "needs", dict.fromkeys(batch.cells, []))
+    a, b, c = batch.cells
+    batch.step()
+    assert batch.runs("running") == [a] and batch.loads(a) == {}
+    begun.add(b)  # in an earlier batch, with a stage of its own
+    assert not batch.waits(b) and batch.loads(b) == {} and batch.waits(c)
+    trained.add(a)
+    assert not batch.waits(c) and batch.loads(c) == {"vjepa2.pretrain.load": str(tmp_path / a)}
+    trained.clear()
+    batch.change(a, dict(status="failed"))
+    assert not batch.waits(c) and batch.loads(c) == {}  # then it is c's to train
 
 
 def evaluated(folder, model, seed, value, error=None):

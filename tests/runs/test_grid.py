@@ -3,7 +3,7 @@ import pytest
 import yaml
 from run_tools import SMALL, refused
 
-from worldmodels_nb.runs.grid import GridError, expand_axes, read_grid, settings_hash
+from worldmodels_nb.runs.grid import GridError, alike_stages, expand_axes, read_grid, settings_hash
 from worldmodels_nb.settings import load_settings
 
 SEEDS = dict(name="g", preset="smoke", fixed={"run.models": ["jepa"]}, axes={"run.seed": [0, 1]})
@@ -115,3 +115,26 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_the_example_is_a_grid():
     assert len(read_grid("data/grids/first.yaml").cells) == 4
+
+
+def shared(fixed=None, axes=None):
+    "How many runs train the first stage of each run as it does."
+    fixed = {"run.models": ["vjepa2"]} | (fixed or {})
+    fixed = {key: value for key, value in fixed.items() if key not in axes}
+    grid = read_grid(dict(name="g", preset="smoke", fixed=fixed, axes=axes))
+    return [len(found.get(("vjepa2", "pretrain"), [])) for found in alike_stages(grid.cells).values()]
+
+
+@pytest.mark.parametrize("axes, n", [
+    ({"vjepa2.action.dim": [24, 48]}, 2), ({"evaluation.n_windows": [8, 9]}, 2),
+    ({"train.larp.hidden": [[8], [9]]}, 2), ({"run.models": [["vjepa2"], ["jepa", "vjepa2"]]}, 2),
+    ({"vjepa2.pretrain.ratio": [.5, .6]}, 0), ({"run.seed": [0, 1]}, 0), ({"train.batch_size": [7, 8]}, 0),
+    ({"env.size": [32, 64]}, 0),
+])
+def test_a_stage_is_shared_by_runs_that_differ_in_what_comes_later(axes, n):
+    assert shared(axes=axes) == [n, n]
+
+
+def test_seeds_share_with_their_own_and_a_model_of_one_stage_shares_nothing():
+    assert shared(axes={"run.seed": [0, 1], "vjepa2.action.dim": [24, 48]}) == [2] * 4
+    assert shared({"run.models": ["jepa"]}, {"train.steps": [7, 8]}) == [0, 0]

@@ -18,14 +18,14 @@ from ..data.datasets import dataset_name
 from ..eval.results import bootstrap_interval, label
 from .engines import FULL, HELD, LATE, Engine, Handle, Task, make_engine
 from .folder import read_status, write_status
-from .grid import Cell, RunGrid, describe, read_grid
+from .grid import Cell, RunGrid, alike_stages, describe, read_grid
 from .report import IDENTITY, TEMPLATES, WHAT, read_rows
 from .rows import BatchFolder, batch_html, batch_row, notebook_error
 from ..settings import Settings, expand, shipped, write_whole, writing
 
 # %% ../../nbs/5_runs/58_batch.ipynb #606fd91b
 def batch_folder(
-    grid: RunGrid,                      # which
+    grid: RunGrid,                   # which
     runs: str | Path | None = None,  # where runs are; None for run.dir of the settings
 ) -> BatchFolder:
     "Where a grid's batch keeps its files."
@@ -56,8 +56,8 @@ def shared_work(
     "What a run makes if it is not there, and others may need as well: its dataset."
     return [] if settings.data.path else [expand(settings.data.dir) / dataset_name(settings)]
 
-def _task(place: BatchFolder, cell: Cell, notebook: Path, limit: float | None) -> Task:
-    overrides = cell.overrides | {"run.dir": str(place.runs)}
+def _task(place: BatchFolder, cell: Cell, notebook: Path, limit: float | None, loads: dict[str, str]) -> Task:
+    overrides = cell.overrides | loads | {"run.dir": str(place.runs)}
     parameters = dict(run=cell.run, preset=cell.preset, overrides=overrides)
     shared = {str(path): str(path.parent / f".{path.name}.lock") for path in shared_work(cell.settings)}
     return Task(str(notebook), str(place.file(cell.run, ".ipynb")), parameters,
@@ -68,8 +68,8 @@ def _task(place: BatchFolder, cell: Cell, notebook: Path, limit: float | None) -
 class BatchRun:
     "A grid on its way."
     def __init__(self,
-        grid: RunGrid,            # what to run
-        place: BatchFolder,          # where
+        grid: RunGrid,         # what to run
+        place: BatchFolder,    # where
         engine: Engine,        # by whom
         notebook: Path,        # what a run executes
         retries: int,          # further tries of a run that does not finish
@@ -80,6 +80,7 @@ class BatchRun:
         self.retries, self.limit, self.on_change = retries, limit, on_change
         self.cells = {cell.run: cell for cell in grid.cells}
         self.needs = {cell.run: shared_work(cell.settings) for cell in grid.cells}
+        self.alike = alike_stages(grid.cells)
         self.rows = {cell.run: _row(place, cell) for cell in grid.cells}
         self.handles: dict[str, Handle] = {}      # of workers this driver has started
         self.tries = dict.fromkeys(self.cells, 0)
@@ -100,6 +101,19 @@ class BatchRun:
         "The runs with one of these statuses."
         return [run for run, row in self.rows.items() if row["status"] in statuses]
 
+# %% ../../nbs/5_runs/58_batch.ipynb #b806933b
+@patch
+def loads(self: BatchRun,
+    run: str,         # that is to be started, or to go on
+) -> dict[str, str]:  # such as vjepa2.pretrain.load → a folder
+    "Settings by which a run takes over what others of the grid have trained."
+    place, found = self.place, {}
+    for part, runs in self.alike[run].items():
+        makers = (str(place.folder(other).path) for other in runs if place.has_trained(other, *part))
+        source = place.taken(run, *part) if place.has_begun(run) else next(makers, None)
+        if source: found[f"{'.'.join(part)}.load"] = source
+    return found
+
 # %% ../../nbs/5_runs/58_batch.ipynb #cf2447d3
 @patch
 def waits(self: BatchRun,
@@ -107,7 +121,11 @@ def waits(self: BatchRun,
 ) -> bool:
     "Whether what a run needs is being made by another."
     missing = {path for path in self.needs[run] if not path.exists()}
-    return any(missing & set(self.needs[other]) for other in self.runs("running"))
+    running = set(self.runs("running"))
+    if any(missing & set(self.needs[other]) for other in running): return True
+    if self.place.has_begun(run): return False
+    made = any(running & set(runs) for runs in self.alike[run].values())
+    return made and len(self.loads(run)) < len(self.alike[run])
 
 @patch
 def begin(self: BatchRun,
@@ -115,8 +133,8 @@ def begin(self: BatchRun,
 ) -> None:
     "Hand a run to a worker."
     self.tries[run] += 1
-    task = _task(self.place, self.cells[run], self.notebook, self.limit)
     try:
+        task = _task(self.place, self.cells[run], self.notebook, self.limit, self.loads(run))
         for path in self.needs[run]: path.parent.mkdir(parents=True, exist_ok=True)
         self.handles[run] = self.engine.submit(task.command(), self.place.file(run, ".log"))
     except OSError as error:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'MOST', 'CHECKED', 'GridError', 'read_yaml', 'expand_axes', 'settings_hash', 'cell_name', 'Cell', 'RunGrid',
-           'describe', 'read_grid']
+           'describe', 'read_grid', 'alike_stages']
 
 # %% ../../nbs/5_runs/57_grid.ipynb #b6e21151
 import hashlib, itertools, json, re
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import yaml
-from .claim import CHANGES_NOTHING
+from ..models.base import model_class
+from .claim import AFTERWARDS, CHANGES_NOTHING, OF_HEADS
 from .experiment import check_experiment
 from .folder import is_name
 from ..settings import Settings, SettingsError, expand, load_settings
@@ -255,3 +256,32 @@ def read_grid(
 
 def _excludes(given: dict[str, Any], one: dict[str, Any]) -> bool:
     return any(_matches(cell, one) for cell in expand_axes(given | dict(exclude=[])))
+
+# %% ../../nbs/5_runs/57_grid.ipynb #9777d3d5
+def _shapes_no_stage(model: str, k: int) -> tuple[str, ...]:  # prefixes of settings, for its k-th stage
+    later = [f"{model}.{stage}" for stage in model_class(model).stage_names[k + 1:]]
+    sections = [f"{section}." for section in (*AFTERWARDS, *OF_HEADS, *later)]
+    return (*(key for key in CHANGES_NOTHING if key != "run.stages"), "run.models", *sections)
+
+def _shaped_by(settings: Settings) -> dict[tuple[str, str], str]:  # model, stage → what shapes it
+    "For all stages but a model's last, unless their weights come from elsewhere."
+    found = {}
+    for model in settings.run.models:
+        for k, stage in enumerate(model_class(model).stage_names[:-1]):
+            own = settings.section(f"{model}.{stage}")
+            if own.load or getattr(own, "pretrained", None): continue
+            passed = _shapes_no_stage(model, k)
+            kept = {key: value for key, value in settings.flat().items() if not key.startswith(passed)}
+            found[model, stage] = json.dumps(kept, sort_keys=True)
+    return found
+
+# %% ../../nbs/5_runs/57_grid.ipynb #0f511fea
+def alike_stages(
+    cells: list[Cell],  # of a grid
+) -> dict[str, dict[tuple[str, str], list[str]]]:  # run → model, stage → all runs that train it so
+    "The stages that several runs would train from the same settings to the same weights."
+    shaped, groups = {cell.run: _shaped_by(cell.settings) for cell in cells}, {}
+    for run, stages in shaped.items():
+        for item in stages.items(): groups.setdefault(item, []).append(run)
+    return {run: {item[0]: groups[item] for item in stages.items() if len(groups[item]) > 1}
+            for run, stages in shaped.items()}

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 from IPython.display import HTML, display
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from ..data.progress import onlooker
-from .folder import RunError, RunFolder, read_status
+from .folder import RunError, RunFolder, read_settings, read_status
 from .report import TEMPLATES
 from ..settings import one_line, shorten
+from ..training.parts import read_result
 
 # %% ../../nbs/5_runs/57_rows.ipynb #fb317eb0
 @dataclass(frozen=True)
@@ -56,6 +58,35 @@ class BatchFolder:
         "The run's notebook as it was executed, or as far as it has come."
         done = self.folder(run).path / "run.ipynb"
         return done if done.exists() else self.file(run, ".ipynb")
+
+# %% ../../nbs/5_runs/57_rows.ipynb #daa28c6b
+@patch
+def has_begun(self: BatchFolder,
+    run: str,  # its name
+) -> bool:
+    "Whether a run has settings that it keeps to."
+    return (self.folder(run).path / "settings.ini").exists()
+
+@patch
+def has_trained(self: BatchFolder,
+    run: str,    # its name
+    model: str,  # a model's name
+    stage: str,  # one of its stages
+) -> bool:
+    "Whether a run has finished a stage, and not loaded it."
+    try: result = read_result(self.folder(run).part(model, stage))
+    except ValueError: return False
+    return result is not None and "loaded" not in result["recipe"]
+
+@patch
+def taken(self: BatchFolder,
+    run: str,    # its name
+    model: str,  # a model's name
+    stage: str,  # one of its stages
+) -> str | None:
+    "Where a run that has begun loads a stage from."
+    try: return read_settings(self.folder(run)).section(f"{model}.{stage}").load
+    except ValueError: return None  # the run itself will say what is wrong
 
 # %% ../../nbs/5_runs/57_rows.ipynb #0ccc8ffe
 def is_held(
