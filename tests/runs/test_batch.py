@@ -10,6 +10,7 @@ import batch_tools
 import psutil
 import pytest
 from batch_tools import check_counted, counting_grid, counting_notebook, driver, until, workers
+from papermill import execute_notebook
 from rich.console import Console
 from run_tools import SMALL, TWO, Page, bytes_of
 
@@ -230,3 +231,18 @@ def test_rows_are_shown_to_a_log_a_terminal_and_a_page(three, tmp_path):
     page = Page(batch_html(rows, tmp_path))
     assert "no [bold]luck[/bold] <b>" in page.text
     assert [about["href"] for tag, about in page.tags if tag == "a"] == ["a%20b.ipynb"]
+
+
+def test_a_sweep_that_nobody_looks_on_to_leaves_a_line_for_each_change(three, book, tmp_path):
+    asked = json.dumps([str(tmp_path), str(book), dict(name="three", preset="sample",
+                        fixed=batch_tools.NOTHING_SHARED, axes={"run.seed": [0, 1, 2]})])
+    code = ("import json\nfrom worldmodels_nb.runs.batch import run_batch\n"
+            "from worldmodels_nb.runs.rows import BatchView\n"
+            f"runs, book, grid = json.loads({asked!r})\n"
+            "with BatchView() as view: run_batch(grid, runs, notebook=book, on_change=view)")
+    sweep = batch_tools.write_notebook(tmp_path / "sweep.ipynb", code)
+    execute_notebook(sweep, tmp_path / "done.ipynb", progress_bar=False)
+    cells = json.loads((tmp_path / "done.ipynb").read_text())["cells"]
+    said = "".join("".join(output["text"]) for cell in cells for output in cell["outputs"])
+    assert "\x1b" not in said and len(said.splitlines()) == 6  # running, finished
+    assert all(said.count(cell.run) == 2 for cell in three.cells)

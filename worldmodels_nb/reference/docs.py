@@ -203,19 +203,19 @@ def rewrite(
     links: Links,
 ) -> str:               # the same, with links that hold on the site
     "Links between notebooks become links between pages, names of ours become links; code stays as it is."
-    def link(match):
+    def _link(match):
         image, label, target = match.groups()
         found = links.resolve(target, bool(image))
         return f"{image}[{label}]({found})" if found else label
 
-    def name(match):
+    def _name(match):
         found = links.book.find(match[1], links.chapter.page)
         return f"[{match[0]}]({found})" if found else match[0]
 
     parts = _FENCE.split(text)
     for i in range(0, len(parts), 3):   # text, fence, its marks, text, ...
-        prose = rewrite_html(_LINK.sub(link, parts[i]), links)
-        parts[i] = re.sub(r"^(?!#).*$", lambda line: _NAME.sub(name, line[0]), prose, flags=re.M)
+        prose = rewrite_html(_LINK.sub(_link, parts[i]), links)
+        parts[i] = re.sub(r"^(?!#).*$", lambda line: _NAME.sub(_name, line[0]), prose, flags=re.M)
     return "".join(part for i, part in enumerate(parts) if i % 3 != 2)
 
 # %% ../../nbs/9_reference/98_docs.ipynb #de2afeaf
@@ -224,11 +224,11 @@ def rewrite_html(
     links: Links,
 ) -> str:
     "The same for tags; a link that leads nowhere loses its target."
-    def tag(match):
+    def _tag(match):
         name, before, attribute, quote, target, after = match.groups()
         found = links.resolve(html.unescape(target), name != "a")
         return f"<{name}{before}{attribute}={quote}{found}{quote}{after}>" if found else f"<{name}{after}>"
-    return _TAG.sub(tag, text)
+    return _TAG.sub(_tag, text)
 
 # %% ../../nbs/9_reference/98_docs.ipynb #91151877
 def _comments(source):
@@ -260,19 +260,19 @@ def parameter_table(
 ) -> str:                 # markdown; empty if it takes and returns nothing
     "What something takes and returns, from the comments beside its parameters."
     said, lines = _comments(source), source.splitlines()
-    def text(part): return re.sub(r"\s+", " ", ast.unparse(part)).strip("'") if part else ""
-    def kind(part):
-        word, names = text(part), re.findall(r"[A-Za-z_]\w*", text(part))
+    def _text(part): return re.sub(r"\s+", " ", ast.unparse(part)).strip("'") if part else ""
+    def _kind(part):
+        word, names = _text(part), re.findall(r"[A-Za-z_]\w*", _text(part))
         found = [place for name in names if (place := links.book.find(name, links.chapter.page))]
         code = _code(word)
         return f"[{code}]({found[0]})" if len(set(found)) == 1 else code
-    def meaning(name, parts):
+    def _meaning(name, parts):
         row = max((part.end_lineno for part in parts if part), default=0)
         row = row or next((n for n, line in enumerate(lines, 1) if line.strip().startswith(f"{name},")), 0)
         return re.sub(r"(?<!\\)\|", r"\\|", said.get(row, ""))
     taken, returned = _parameters(node)
-    rows = [(_code(name), kind(a), _code(text(d)), meaning(name, (a, d))) for name, a, d in taken]
-    if returned: rows.append(("returns", kind(returned), "", meaning("", (returned,))))
+    rows = [(_code(name), _kind(a), _code(_text(d)), _meaning(name, (a, d))) for name, a, d in taken]
+    if returned: rows.append(("returns", _kind(returned), "", _meaning("", (returned,))))
     if not rows: return ""
     titles = ("", "type", "default", "")
     kept = [i for i in range(4) if any(row[i] for row in rows)]
@@ -308,8 +308,8 @@ def page_output(
 def _anchored(table, links):
     "A settings table whose rows can be linked to."
     if not setting_keys(links.chapter): return table
-    def row(match): return f'| <span id="{match[1]}"></span>`{match[1]}` |'
-    return re.sub(r"^\| \[`([a-z0-9_.]+)`\]\([^)]*\) \|", row, table, flags=re.M)
+    def _row(match): return f'| <span id="{match[1]}"></span>`{match[1]}` |'
+    return re.sub(r"^\| \[`([a-z0-9_.]+)`\]\([^)]*\) \|", _row, table, flags=re.M)
 
 # %% ../../nbs/9_reference/98_docs.ipynb #8ee96c9b
 def _anchors(names): return "".join(f'<span id="{name}"></span>\n' for name in names) + "\n"

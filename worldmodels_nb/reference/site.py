@@ -135,11 +135,11 @@ def setup(
 ) -> dict:        # what Sphinx wants to know of an extension
     "Sphinx calls this: formulas are drawn by `mathml`."
     from docutils.nodes import SkipNode
-    def visit(self, node, block=False):
+    def _visit(self, node, block=False):
         self.body.append(mathml(node.astext(), block))
         raise SkipNode
-    def visit_block(self, node): visit(self, node, block=True)
-    app.add_html_math_renderer("mathml", inline_renderers=(visit, None), block_renderers=(visit_block, None))
+    def _visit_block(self, node): _visit(self, node, block=True)
+    app.add_html_math_renderer("mathml", inline_renderers=(_visit, None), block_renderers=(_visit_block, None))
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 # %% ../../nbs/9_reference/99_site.ipynb #0ecec53f
@@ -150,7 +150,7 @@ h1 + blockquote { border: 0; background: none; font-size: 1.15rem; margin-left: 
 span[id]:empty { scroll-margin-top: 5rem }
 a.source { float: right; font-size: .8rem; margin-top: -2.4rem }
 div.formula, .cell_output, .output { overflow-x: auto; overflow-y: hidden; max-width: 100% }
-div.formula { padding: .4rem 0 }
+div.formula { padding: .4rem 0; margin-bottom: 1rem }
 .bd-article img { max-width: 100%; height: auto }
 .bd-article p, .bd-article li, .bd-article h1, .bd-article h3 { overflow-wrap: anywhere }
 .bd-article td code { white-space: pre-wrap }

@@ -206,9 +206,9 @@ class BatchView:
         console: Console | None = None,  # where to print; None for the standard output
     ):
         self.console, self.before = console or Console(highlight=False, force_jupyter=False), {}
-        live = onlooker() == "live" and console is None
-        self.shown = display(HTML(""), display_id=True) if live else None
-        terminal = self.console.is_terminal and not live
+        who = "terminal" if console else onlooker()  # a kernel's output takes colours, and is no terminal
+        self.shown = display(HTML(""), display_id=True) if who == "live" else None
+        terminal = who == "terminal" and self.console.is_terminal
         self.live = Live(console=self.console, auto_refresh=False) if terminal else None
 
     def __enter__(self) -> Any:
