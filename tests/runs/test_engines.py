@@ -1,5 +1,6 @@
 "Engines start commands and say how they ended: processes here, Ray, SLURM."
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -14,9 +15,9 @@ from batch_tools import check_counted, counting_grid, counting_notebook, until, 
 from filelock import FileLock
 from run_tools import refused
 
-from worldmodels_nb.runs import engines
 from worldmodels_nb.runs.batch import run_batch
-from worldmodels_nb.runs.engines import EngineError, LocalEngine, Task, make_engine, take_turn, work
+from worldmodels_nb.runs.engines import EngineError, LocalEngine, make_engine, run_command
+from worldmodels_nb.runs.worker import FULL, HELD, LATE, Task, take_turn, work
 
 
 def task(folder, book, **changes) -> Task:
@@ -28,12 +29,59 @@ def task(folder, book, **changes) -> Task:
     return Task(**given | changes)
 
 
-def test_a_local_command(tmp_path):
-    engine = LocalEngine(processes=2)
+def test_a_command_has_its_share_of_threads(tmp_path):
     said = "import os; print(os.environ['OMP_NUM_THREADS']); raise SystemExit(7)"
-    handle = engine.submit([sys.executable, "-c", said], tmp_path / "log")
-    assert until(handle.poll) == 7
-    assert (tmp_path / "log").read_text().split() == [str(max(1, os.cpu_count() // 2))]
+    assert run_command([sys.executable, "-c", said], tmp_path / "log", threads=3) == 7
+    assert (tmp_path / "log").read_text().split() == ["3"]
+
+
+def ended(handle) -> int:
+    "How a task ended, when it has."
+    until(lambda: handle.poll() is not None)
+    return handle.poll()
+
+
+@pytest.fixture
+def engine():
+    found = LocalEngine(1)
+    yield found
+    found.close()
+
+
+def test_a_process_takes_one_run_after_another(engine, tmp_path):
+    threads = "import os; assert os.environ['OMP_NUM_THREADS'] == str(os.cpu_count())\n"
+    book, seen = counting_notebook(tmp_path / "count.ipynb", before=threads), []
+    for run in ("one", "two"):
+        parameters = dict(run=run, overrides={"run.dir": str(tmp_path), "run.seed": 0})
+        own = dict(output=str(tmp_path / f"{run}.ipynb"), lock=str(tmp_path / f"{run}.lock"))
+        own |= dict(folder=str(tmp_path / run), parameters=parameters)
+        given = dataclasses.replace(task(tmp_path, book), **own)
+        handle = engine.submit(given, tmp_path / f"{run}.log")
+        seen += [worker.pid for worker in workers(tmp_path)]
+        assert ended(handle) == 0
+        assert (tmp_path / run / "result.json").exists()
+    assert seen == [seen[0]] * 2
+    engine.close()
+    assert not workers(tmp_path)
+
+
+@pytest.mark.parametrize("fault, code", [
+    ("1 / 0", 1), ("os.kill(os.getppid(), 9)", -9), ("time.sleep(1000)", LATE),
+])
+def test_a_run_that_ends_badly_costs_the_next_one_nothing(engine, tmp_path, fault, code):
+    book = counting_notebook(tmp_path / "bad.ipynb", before=fault)
+    handle = engine.submit(task(tmp_path, book, limit=4 if code == LATE else None), tmp_path / "log")
+    assert ended(handle) == code
+    counting_notebook(book)
+    handle = engine.submit(task(tmp_path, book), tmp_path / "log")
+    assert ended(handle) == 0
+
+
+def test_what_is_shared_is_not_held_by_a_run_that_failed(tmp_path):
+    book = counting_notebook(tmp_path / "bad.ipynb", before="1 / 0")
+    bad = task(tmp_path, book, shared={str(tmp_path / "never"): str(tmp_path / "never.lock")})
+    assert work(bad) == 1
+    with FileLock(tmp_path / "never.lock", timeout=2): pass
 
 
 def is_over(process):
@@ -41,19 +89,20 @@ def is_over(process):
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_cancelling_ends_what_a_command_has_started(tmp_path):
-    command = ["sh", "-c", "sleep 1000 & sh -c 'sleep 1000; true'; true"]
-    handle = LocalEngine(1).submit(command, tmp_path / "log")
-    process = psutil.Process(handle.process.pid)
-    children = until(lambda: len(found := process.children(recursive=True)) == 3 and found)
+def test_cancelling_ends_what_a_run_has_started(engine, tmp_path):
+    started = "import subprocess; subprocess.run('sleep 1000 & sleep 1000', shell=True)"
+    book = counting_notebook(tmp_path / "count.ipynb", before=started)
+    handle = engine.submit(task(tmp_path, book), tmp_path / "log")
+    process = until(lambda: workers(tmp_path))[0]
+    family = until(lambda: len(found := process.children(recursive=True)) >= 4 and found)
     handle.cancel()
-    until(lambda: all(map(is_over, children)))
+    until(lambda: all(map(is_over, family)))
     assert handle.poll() < 0
 
 
 def test_a_worker_leaves_a_run_that_another_has(tmp_path):
     book = counting_notebook(tmp_path / "count.ipynb")
-    with FileLock(tmp_path / "one.lock"): assert work(task(tmp_path, book)) == engines.HELD
+    with FileLock(tmp_path / "one.lock"): assert work(task(tmp_path, book)) == HELD
     assert not (tmp_path / "one").exists()
 
 
@@ -67,7 +116,7 @@ def test_a_worker_leaves_a_run_that_is_finished(tmp_path):
 def test_a_worker_on_a_full_disk(tmp_path, monkeypatch):
     def full(*_, **__): raise OSError(28, "No space left on device")
     monkeypatch.setattr("papermill.execute_notebook", full)
-    assert work(task(tmp_path, "no notebook")) == engines.FULL
+    assert work(task(tmp_path, "no notebook")) == FULL
 
 
 def test_turns_are_taken(tmp_path):
@@ -85,7 +134,7 @@ def test_turns_are_taken(tmp_path):
 
 
 def test_a_maker_that_dies_is_followed_by_the_next(tmp_path):
-    code = ("import sys, time; from worldmodels_nb.runs.engines import take_turn\n"
+    code = ("import sys, time; from worldmodels_nb.runs.worker import take_turn\n"
             "take_turn(*sys.argv[1:]); print('mine', flush=True); time.sleep(1000)")
     command = [sys.executable, "-c", code, str(tmp_path / "made"), str(tmp_path / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as maker:

@@ -16,11 +16,12 @@ from fastcore.basics import patch
 import numpy as np
 from ..data.datasets import dataset_name
 from ..eval.results import bootstrap_interval, label
-from .engines import FULL, HELD, LATE, Engine, Handle, Task, make_engine
+from .engines import Engine, Handle, make_engine
 from .folder import read_status, write_status
 from .grid import Cell, RunGrid, alike_stages, describe, read_grid
 from .report import IDENTITY, TEMPLATES, WHAT, read_rows
 from .rows import BatchFolder, batch_html, batch_row, notebook_error
+from .worker import FULL, HELD, LATE, Task
 from ..settings import Settings, expand, shipped, write_whole, writing
 
 # %% ../../nbs/5_runs/58_batch.ipynb #606fd91b
@@ -40,10 +41,9 @@ def plan_batch(
 ) -> list[dict[str, Any]]:           # run, status, error, notebook, seconds, values
     "What a batch would do; each row also has an `estimate` in seconds, or None. Raises `GridError`."
     grid = read_grid(grid)
-    place = batch_folder(grid, runs)
-    rows = [_row(place, cell) for cell in grid.cells]
-    known = [row["seconds"] for row in rows if row["seconds"]]
-    for row in rows: row["estimate"] = row["seconds"] or (median(known) if known else None)
+    rows = [_row(batch_folder(grid, runs), cell) for cell in grid.cells]
+    usual = median([row["seconds"] for row in rows if row["seconds"]] or [0]) or None
+    for row in rows: row["estimate"] = row["seconds"] or usual
     return rows
 
 # %% ../../nbs/5_runs/58_batch.ipynb #06ca2e27
@@ -136,7 +136,7 @@ def begin(self: BatchRun,
     try:
         task = _task(self.place, self.cells[run], self.notebook, self.limit, self.loads(run))
         for path in self.needs[run]: path.parent.mkdir(parents=True, exist_ok=True)
-        self.handles[run] = self.engine.submit(task.command(), self.place.file(run, ".log"))
+        self.handles[run] = self.engine.submit(task, self.place.file(run, ".log"))
     except OSError as error:
         self.change(run, dict(status="failed", error=f"it cannot be started: {error.strerror}"))
     else: self.change(run, dict(status="running", error=""))
@@ -218,7 +218,7 @@ def run_batch(
     for run in batch.runs("failed") if again else []: batch.rows[run] |= dict(status="waiting")
     on_change(list(batch.rows.values()))
     try:
-        while batch.step(): time.sleep(.1)
+        while batch.step(): time.sleep(.05)
     finally:
         batch.stop()
         worker.close()
