@@ -139,7 +139,8 @@ def setup(
         self.body.append(mathml(node.astext(), block))
         raise SkipNode
     def _visit_block(self, node): _visit(self, node, block=True)
-    app.add_html_math_renderer("mathml", inline_renderers=(_visit, None), block_renderers=(_visit_block, None))
+    drawn = dict(inline_renderers=(_visit, None), block_renderers=(_visit_block, None))
+    app.add_html_math_renderer("mathml", **drawn)
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 # %% ../../nbs/9_reference/99_site.ipynb #0ecec53f
