@@ -20,10 +20,11 @@ from worldmodels_nb.runs.training import start_session
 # ---------------------------------------------------------------- one process at a time
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from worldmodels_nb.runs.claim import hold_run
 from worldmodels_nb.runs.folder import RunFolder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 hold_run(RunFolder(Path(sys.argv[1])))
 print("held", flush=True)
 time.sleep(600)
@@ -54,7 +55,7 @@ def test_a_second_process_is_told_who_holds_the_run(held, tmp_path):
 def test_the_lock_ends_with_its_process_however_that_ends(how, held, tmp_path):
     folder, other = held
     other.send_signal(how)
-    other.wait()
+    other.wait(timeout=60)
     assert begin("mine", small(tmp_path)).folder == folder
 
 
