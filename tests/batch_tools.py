@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import psutil
+from run_tools import bytes_of
 
 from worldmodels_nb.runs.batch import run_batch
 from worldmodels_nb.runs.grid import RunGrid, read_grid
@@ -86,6 +87,11 @@ def check_counted(grid, runs, steps=20) -> None:
         assert json.loads((folder / "result.json").read_text()) == counted(cell.values["run.seed"], steps)
         assert (folder / "completed.txt").read_text() == "once "
         assert not list(folder.rglob("*.new"))
+
+
+def weights_of(folder) -> dict[str, str]:
+    "Hashes of all weights below a folder, by file."
+    return {path: value for path, value in bytes_of(folder).items() if path.endswith("weights.safetensors")}
 
 
 def until(true, seconds=60):

@@ -1889,6 +1889,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'worldmodels_nb/runs/grid.py'),
                                           'worldmodels_nb.runs.grid._value_faults': ( '5_runs/grid.html#_value_faults',
                                                                                       'worldmodels_nb/runs/grid.py'),
+                                          'worldmodels_nb.runs.grid._without': ('5_runs/grid.html#_without', 'worldmodels_nb/runs/grid.py'),
                                           'worldmodels_nb.runs.grid.alike_stages': ( '5_runs/grid.html#alike_stages',
                                                                                      'worldmodels_nb/runs/grid.py'),
                                           'worldmodels_nb.runs.grid.cell_name': ( '5_runs/grid.html#cell_name',

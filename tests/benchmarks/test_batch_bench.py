@@ -3,9 +3,8 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from batch_tools import counting_grid, counting_notebook, driver, until, workers
+from batch_tools import counting_grid, counting_notebook, driver, until, weights_of, workers
 from jupyter_client.manager import start_new_kernel
-from run_tools import bytes_of
 
 from worldmodels_nb.runs.batch import run_batch
 from worldmodels_nb.runs.grid import read_grid
@@ -36,9 +35,7 @@ def test_overhead_of_empty_runs(benchmark, tmp_path):
 
 def results(grid, runs):
     "Hashes of all weights, by run and file."
-    found = {cell.run: bytes_of(runs / cell.run) for cell in grid.cells}
-    return {(run, path): value for run, files in found.items() for path, value in files.items()
-            if path.endswith("weights.safetensors")}
+    return {cell.run: weights_of(runs / cell.run) for cell in grid.cells}
 
 
 def smoke_grid(folder):

@@ -9,10 +9,10 @@ from pathlib import Path
 import batch_tools
 import psutil
 import pytest
-from batch_tools import check_counted, counting_grid, counting_notebook, driver, until, workers
+from batch_tools import check_counted, counting_grid, counting_notebook, driver, until, weights_of, workers
 from papermill import execute_notebook
 from rich.console import Console
-from run_tools import SMALL, TWO, Page, bytes_of
+from run_tools import SMALL, TWO, Page
 
 from worldmodels_nb.runs.batch import BatchRun, batch_folder, plan_batch, report_batch, run_batch, seed_means
 from worldmodels_nb.runs.grid import read_grid
@@ -142,10 +142,6 @@ def widths(tmp_path):
     return read_grid(dict(name="widths", preset="smoke", fixed=fixed, axes=axes))
 
 
-def weights_of(folder):
-    return {path: value for path, value in bytes_of(folder).items() if path.endswith("weights.safetensors")}
-
-
 def test_a_first_stage_is_trained_once_and_weights_are_those_of_runs_that_train_it(widths, tmp_path):
     rows, place = run_batch(widths, tmp_path / "together"), BatchFolder(tmp_path / "together", "widths")
     assert statuses(rows) == ["finished"] * 3
@@ -162,7 +158,7 @@ def test_a_first_stage_is_trained_once_and_weights_are_those_of_runs_that_train_
 class Nobody:
     "An engine that has no time."
     slots = 9
-    def submit(self, command, log): return self
+    def submit(self, task, log): return self
     def poll(self): return None
 
 

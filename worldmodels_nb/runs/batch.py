@@ -109,7 +109,8 @@ def loads(self: BatchRun,
     "Settings by which a run takes over what others of the grid have trained."
     place, found = self.place, {}
     for part, runs in self.alike[run].items():
-        makers = (str(place.folder(other).path) for other in runs if place.has_trained(other, *part))
+        old = (other for other in runs if self.rows[other]["status"] != "new")  # a new one has no weights
+        makers = (str(place.folder(other).path) for other in old if place.has_trained(other, *part))
         source = place.taken(run, *part) if place.has_begun(run) else next(makers, None)
         if source: found[f"{'.'.join(part)}.load"] = source
     return found
@@ -151,7 +152,7 @@ def _why(self: BatchRun, run: str, code: int) -> str:
 
 def _note(self: BatchRun, run: str, error: str) -> None:
     folder = self.place.folder(run)
-    if not (folder.path / "settings.ini").exists() or read_status(folder)["status"] == "failed": return
+    if not self.place.has_begun(run) or read_status(folder)["status"] == "failed": return
     try: write_status(folder, status="failed", error=error)
     except (OSError, ValueError): pass  # the row says it all the same
 
@@ -263,8 +264,7 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd} caption{text-align:left}
 th:first-child{text-align:left} .baseline,.reference{color:#666;font-style:italic}</style>
-<h1>{{ name }}</h1>
-<p>{{ words }}</p>{% for note in notes %}<p>{{ note }}</p>{% endfor %}
+<h1>{{ name }}</h1><p>{{ words }}</p>{% for note in notes %}<p>{{ note }}</p>{% endfor %}
 {{ runs | safe }}
 {% for protocol, lines in tables.items() %}
 <h2>{{ protocol | capitalize }}</h2><p>{{ what.get(protocol, "") }}</p>

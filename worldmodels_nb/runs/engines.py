@@ -54,9 +54,11 @@ class _Worker:
         self.answers.put(self.process.wait())
 
     def tell(self, task: Task, log: Path) -> None:
+        "Give it a task."
         print(json.dumps([json.dumps(asdict(task)), str(log)]), file=self.process.stdin, flush=True)
 
     def end(self) -> None:
+        "Let a free one end."
         with suppress(OSError): self.process.stdin.close()
         self.process.wait()
 

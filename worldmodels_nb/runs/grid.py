@@ -130,13 +130,16 @@ def expand_axes(
     return [cell for cell in cells if not any(_matches(cell, one) for one in given.get("exclude", []))]
 
 # %% ../../nbs/5_runs/57_grid.ipynb #2f74f8a9
+def _without(settings: Settings, passed: tuple[str, ...]) -> str:  # all other settings, as JSON
+    kept = {key: value for key, value in settings.flat().items() if not key.startswith(passed)}
+    return json.dumps(kept, sort_keys=True)
+
 def settings_hash(
     settings: Settings,  # resolved
 ) -> str:                # eight letters
     "What a run is, in short: two with the same are the same experiment."
-    passed = (*CHANGES_NOTHING, "tracking.")
-    kept = {key: value for key, value in settings.flat().items() if not key.startswith(passed)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    said = _without(settings, (*CHANGES_NOTHING, "tracking."))
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 def _short(key: str, value: Any) -> str:
     words = value if isinstance(value, list) else [value]
@@ -270,9 +273,7 @@ def _shaped_by(settings: Settings) -> dict[tuple[str, str], str]:  # model, stag
         for k, stage in enumerate(model_class(model).stage_names[:-1]):
             own = settings.section(f"{model}.{stage}")
             if own.load or getattr(own, "pretrained", None): continue
-            passed = _shapes_no_stage(model, k)
-            kept = {key: value for key, value in settings.flat().items() if not key.startswith(passed)}
-            found[model, stage] = json.dumps(kept, sort_keys=True)
+            found[model, stage] = _without(settings, _shapes_no_stage(model, k))
     return found
 
 # %% ../../nbs/5_runs/57_grid.ipynb #0f511fea

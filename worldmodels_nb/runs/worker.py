@@ -14,8 +14,7 @@ from filelock import FileLock, Timeout
 import psutil
 
 # %% ../../nbs/5_runs/56_worker.ipynb #32b554f4
-_WORK = ("import os, sys; from worldmodels_nb.runs.worker import run_worker; code = run_worker(sys.argv[1]); "
-         "sys.stdout.flush(); sys.stderr.flush(); os._exit(code)")  # no tidying up: a tenth of an empty run
+_WORK = "import sys; from worldmodels_nb.runs.worker import run_worker; sys.exit(run_worker(sys.argv[1]))"
 
 @dataclass(frozen=True)
 class Task:
@@ -125,7 +124,7 @@ def work(
         finally:
             for turn in filter(None, turns): turn.release()
 
-_UNUSED = ("rfc3987_syntax", "isoduration", "pyarrow")  # papermill imports them if it can; seconds of a run
+_UNUSED = ("rfc3987_syntax", "isoduration", "pyarrow")  # papermill takes its time to import them
 
 def run_worker(
     text: str,  # a task, as JSON
