@@ -24,7 +24,7 @@ def a_probe(world):
     "A probe that reads something."
     probe = LinearProbe(int(np.prod(world.latent_shape)), len(world.spec.state_names))
     torch.nn.init.normal_(probe.weight)
-    for name in ("std", "unit"): torch.nn.init.ones_(getattr(probe, name))
+    torch.nn.init.ones_(probe.unit)
     return freeze(probe)
 
 

@@ -25,6 +25,7 @@ SMALL = {
     "train.state_decoder.steps": 4, "train.state_decoder.batch_size": 4,
     "train.reward_mlp.steps": 4, "train.reward_mlp.batch_size": 4, "train.reward_mlp.hidden": [8],
     "train.larp.steps": 4, "train.larp.batch_size": 4, "train.larp.hidden": [8],
+    "train.oracle.steps": 4, "train.oracle.batch_size": 4,
     "evaluation.probe.mlp_steps": 4, "evaluation.horizons": [1, 2], "evaluation.n_windows": 6,
     "evaluation.bootstrap": 10,
 }

@@ -6,14 +6,15 @@
 __all__ = ['FURTHER_TERMS', 'BOUNDS', 'Section', 'knob', 'refusal', 'section', 'SettingsError', 'nearest', 'one_line', 'shorten',
            'RunSettings', 'EnvSettings', 'PPOSettings', 'CollectSettings', 'DataSettings', 'ModelSettings',
            'PatchSettings', 'CnnSettings', 'VitSettings', 'MlpSettings', 'EncoderSettings', 'DecoderSettings', 'Recipe',
-           'ModelRecipe', 'EncdecSettings', 'EncdecJepaSettings', 'PredictorSettings', 'JepaSettings', 'BarlowSettings',
-           'DinoSettings', 'SigregSettings', 'import_chapters', 'LossSettings', 'refuse_heads', 'ClipSettings',
-           'PretrainSettings', 'ActionSettings', 'VJEPA2Settings', 'TrainingSettings', 'HeadRecipe',
-           'StateDecoderSettings', 'RewardMLPSettings', 'LarpSettings', 'TrainSettings', 'ProbeSettings',
-           'EvaluationSettings', 'TrackingSettings', 'find_conflict', 'Settings', 'sections', 'section_keys',
-           'settings_table', 'find_fault', 'make_settings', 'FileError', 'WriteError', 'parse_json', 'read_text',
-           'read_json', 'read_json_lines', 'read_arrays', 'writing', 'write_whole', 'write_json', 'repo_root', 'expand',
-           'shipped', 'read_presets', 'load_settings', 'save_settings', 'seed_everything', 'pick_device']
+           'ModelRecipe', 'UnrolledRecipe', 'EncdecSettings', 'EncdecJepaSettings', 'PredictorSettings', 'JepaSettings',
+           'BarlowSettings', 'DinoSettings', 'SigregSettings', 'import_chapters', 'LossSettings', 'refuse_heads',
+           'ClipSettings', 'PretrainSettings', 'ActionSettings', 'VJEPA2Settings', 'TrainingSettings', 'HeadRecipe',
+           'StateDecoderSettings', 'RewardMLPSettings', 'LarpSettings', 'OracleSettings', 'TrainSettings',
+           'ProbeSettings', 'EvaluationSettings', 'TrackingSettings', 'find_conflict', 'Settings', 'sections',
+           'section_keys', 'settings_table', 'find_fault', 'make_settings', 'FileError', 'WriteError', 'parse_json',
+           'read_text', 'read_json', 'read_json_lines', 'read_arrays', 'writing', 'write_whole', 'write_json',
+           'repo_root', 'expand', 'shipped', 'read_presets', 'load_settings', 'save_settings', 'seed_everything',
+           'pick_device']
 
 # %% ../nbs/0_data/00_settings.ipynb #03e65176
 import ast, configparser, difflib, errno, io, json, math, os, random, re, reprlib, tempfile, tomllib, zipfile
@@ -286,10 +287,19 @@ class ModelRecipe(Recipe):
         "starts afresh")
     train_loaded: bool = knob(False, "go on training what was loaded; false takes it as it is")
 
-class EncdecSettings(ModelRecipe):
+class UnrolledRecipe(ModelRecipe):
+    "A recipe of a model whose predictions can be fed back in training."
+    unroll: int | None = knob(
+        4, "U: steps that a prediction is fed back in training, the window's at most; null: all of the "
+        "window, 1: each step from the truth", "steps", ge=1, le=256)
+    unroll_from: float = knob(
+        0.67, "share of the steps after which that begins; each step from the truth before", "share", ge=0,
+        le=1)
+
+class EncdecSettings(UnrolledRecipe):
     "The encoder-decoder's own recipe."
 
-class EncdecJepaSettings(ModelRecipe):
+class EncdecJepaSettings(UnrolledRecipe):
     "The own recipe of the encoder-decoder with JEPA's predictor."
 
 # %% ../nbs/0_data/00_settings.ipynb #123073ed
@@ -305,7 +315,7 @@ class PredictorSettings(Section):
     dropout: float = knob(0.0, "share of activations dropped in training", "share", ge=0, lt=1)
 
 # %% ../nbs/0_data/00_settings.ipynb #31a39519
-class JepaSettings(ModelRecipe):
+class JepaSettings(UnrolledRecipe):
     "JEPA's target side, and its own recipe."
     shapes_weights = True
     target: Literal["shared", "ema_target", "ema_both"] = knob(
@@ -314,6 +324,8 @@ class JepaSettings(ModelRecipe):
     stop_gradient: bool = knob(False, "with target shared: keep gradients out of the target")
     ema_decay: float = knob(
         0.99, "how slowly the copy moves: its share kept each step", "share", ge=0, le=1)
+    unroll: int | None = knob(None, "U: as in [encdec]; null: all of the window", "steps", ge=1, le=256)
+    unroll_from: float = knob(0.0, "as in [encdec]", "share", ge=0, le=1)
 
 # %% ../nbs/0_data/00_settings.ipynb #29d733eb
 class BarlowSettings(Section):
@@ -368,6 +380,12 @@ class LossSettings(Section):
     invariance: float = knob(0.0, "VICReg: the two views agree; needs loss.views = two", ge=0, le=10**6)
     smoothness: float = knob(12.0, "neighbours in time stay near", ge=0, le=10**6)
     inverse: float = knob(1.0, "the action can be read from two neighbouring latents", ge=0, le=10**6)
+    within_variance: float = knob(
+        0.0, "each coordinate keeps a spread within windows, too: what moves is not lost", ge=0, le=10**6)
+    within_covariance: float = knob(
+        0.0, "and what moves fills more than one direction", ge=0, le=10**6)
+    within_target: float = knob(
+        0.5, "γ_w: standard deviation within windows that loss.within_variance asks for", gt=0, le=10**6)
     views: Literal["two", "one"] = knob(
         "two", "two: the prediction of a latent beside that latent; one: the latent alone, of which Barlow "
         "Twins keeps the decorrelation and DINO the sharpening")
@@ -425,9 +443,10 @@ class ClipSettings(ModelRecipe):
     pretrained: str | None = knob(
         None, "folder or file of released V-JEPA 2 weights, or a hub id (extra: hf), in place of this "
         "stage; null trains")
-    frames: int = knob(4, "frames of a clip", "frames", ge=1, le=256)
-    tubelet_size: int = knob(
-        1, "frames that one token spans; must divide vjepa2.pretrain.frames", "frames", ge=1, le=16)
+    frames: int = knob(4, "frames of a clip, at the least: it holds whole tubelets", "frames", ge=1, le=256)
+    tubelet_size: int | None = knob(
+        None, "frames that one token spans; null: model.frame_stack, so that stage 2 sees as much motion as "
+        "the other models; must divide vjepa2.pretrain.frames", "frames", ge=1, le=16)
     patch_size: int = knob(16, "side of the patch that one token spans", "px", ge=1, le=64)
     dim: int = knob(64, "D: width of a token", ge=6, le=4096)
     depth: int = knob(2, "encoder blocks", "blocks", ge=1, le=64)
@@ -443,13 +462,23 @@ class ClipSettings(ModelRecipe):
 
     @model_validator(mode="after")
     def _networks_fit(self):
-        if self.frames % self.tubelet_size:
+        if self.tubelet_size and self.frames % self.tubelet_size:
             raise ValueError(f"vjepa2.pretrain.frames = {self.frames} is not divisible by "
                              f"vjepa2.pretrain.tubelet_size = {self.tubelet_size}; change one of the two")
         refuse_heads("vjepa2.pretrain", self, "dim", "heads")
         if self.predictor == "transformer":
             refuse_heads("vjepa2.pretrain", self, "predictor_dim", "predictor_heads")
         return self
+
+# %% ../nbs/0_data/00_settings.ipynb #set013
+@patch
+def clip(
+    self: ClipSettings,
+    frame_stack: int,    # F: model.frame_stack
+) -> tuple[int, int]:    # T, t: frames of a clip, and of a tubelet
+    "How long a clip of stage 1 is, and each of its tubelets."
+    tubelet = self.tubelet_size or frame_stack
+    return -(-self.frames // tubelet) * tubelet, tubelet
 
 # %% ../nbs/0_data/00_settings.ipynb #5723caaa
 class PretrainSettings(ClipSettings):
@@ -563,6 +592,7 @@ class HeadRecipe(Recipe):
 
 class StateDecoderSettings(HeadRecipe):
     "The state decoder: the same small network for every model, to look at its latents."
+    learning_rate: float | None = knob(5e-3, "AdamW's largest step size; null as in [train]", gt=0, le=1)
     channels: int = knob(16, "width of its last layers", ge=4, le=1024)
     latents: Literal["present", "predicted"] = knob(
         "present", "what it learns to decode: latents of frames, or the model's prediction of them one step "
@@ -571,11 +601,16 @@ class StateDecoderSettings(HeadRecipe):
 # %% ../nbs/0_data/00_settings.ipynb #d6a5d651
 class RewardMLPSettings(HeadRecipe):
     "The reward MLP: what a step earns, from its latent and the action."
+    batch_size: int | None = knob(256, "steps per gradient step; null as in [train]", "samples", ge=2,
+                                  le=65536)
     enabled: bool = knob(
         True, "train it, with its ablation that sees no action, and its oracle on physical state")
     episodes: int | None = knob(
         320, "training episodes whose steps it learns from; null for all", "episodes", ge=1, le=10**7)
     hidden: list[_Width] = knob([256, 256, 256], "widths of the hidden layers", max_length=16)
+    latent_width: int = knob(
+        128, "numbers that it sees of each latent, its main directions: as many weights behind every model",
+        ge=1, le=4096)
     action_dim: int = knob(32, "width of the embedded action", ge=1, le=1024)
     activation: Literal["relu", "gelu", "silu", "tanh"] = knob("relu", "nonlinearity")
     batch_norm: bool = knob(False, "normalise hidden layers over the batch")
@@ -590,18 +625,31 @@ class LarpSettings(Recipe):
     batch_norm: bool | None = knob(None, "normalise hidden layers over the batch")
     dropout: float | None = knob(None, "share of hidden activations dropped in training", "share", ge=0, lt=1)
 
+class OracleSettings(HeadRecipe):
+    "Reward heads on the true state, which are references: trained until they stop improving."
+    steps: int | None = knob(4000, "gradient steps; null as in [train]", "steps", ge=1, le=10**9)
+    batch_size: int | None = knob(256, "steps per gradient step; null as in [train]", "samples", ge=2,
+                                  le=65536)
+    learning_rate: float | None = knob(4e-3, "AdamW's largest step size; null as in [train]", gt=0, le=1)
+    patience: int | None = knob(
+        15, "validations without improvement before stopping; 0 never; null as in "
+        "[train]", "validations", ge=0, le=10**9)
+
 class TrainSettings(TrainingSettings):
     "The recipe of every trained part, and below it those of the heads."
     state_decoder: StateDecoderSettings = section(StateDecoderSettings)
     reward_mlp: RewardMLPSettings = section(RewardMLPSettings)
     larp: LarpSettings = section(LarpSettings)
+    oracle: OracleSettings = section(OracleSettings)
 
 # %% ../nbs/0_data/00_settings.ipynb #439afed7
 def _drop_doubles(numbers: list[int]) -> list[int]: return list(dict.fromkeys(numbers))
 
 class ProbeSettings(Section):
     "Probes that read the physical state off frozen latents."
-    ridge: float = knob(0.03, "ridge of linear probes, times the number of samples", ge=0, le=10**6)
+    ridge: float | None = knob(
+        None, "ridge of linear probes, as a share of the latents' variance; null chooses it by "
+        "cross-validation over training episodes", ge=0, le=10**6)
     mlp_steps: int = knob(400, "gradient steps of the MLP probe; 0 leaves it out", "steps", ge=0, le=10**9)
     mlp_hidden: int = knob(256, "width of the MLP probe's hidden layer", ge=1, le=16384)
 
@@ -609,6 +657,9 @@ class EvaluationSettings(Section):
     "How the frozen models are measured."
     horizons: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], AfterValidator(_drop_doubles)] = knob(
         [1, 2, 4, 8, 16], "steps ahead at which rollouts are scored, each once", "steps", min_length=1)
+    history: int = knob(
+        4, "steps a model may look back on before a rollout, the present one counted; it is handed as many "
+        "of them as its context_length, and all models get the same windows", "steps", ge=1, le=256)
     n_windows: int = knob(256, "validation windows rolled out", "windows", ge=2, le=65536)
     bootstrap: int = knob(1000, "resamples behind each interval", "resamples", ge=10, le=10**5)
     filmstrips: int = knob(2, "rollouts drawn in the report", "rollouts", ge=1, le=16)

@@ -36,11 +36,15 @@ def png_bytes(
     figure: Figure,  # any matplotlib figure
 ) -> bytes:          # the same figure gives the same bytes
     "A figure as PNG, cut to what is drawn."
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once; a second look must not move anything
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi, bbox_inches="tight", pad_inches=0.05,
-                   metadata={"Software": None})
+    return _drawn(figure, "png")
+
+def _drawn(figure: Figure, kind: str, tight: bool = True) -> bytes:
+    if tight: figure.draw_without_rendering()
+    if tight: figure.set_layout_engine("none")  # laid out once; a second look must not move anything
+    buffer, unsaid = io.BytesIO(), dict(png="Software", pdf="CreationDate")[kind]  # differs from day to day
+    cut = dict(bbox_inches="tight", pad_inches=.05) if tight else {}
+    figure.savefig(buffer, format=kind, dpi=figure.dpi, metadata={unsaid: None}, **cut)
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 # %% ../nbs/0_data/01_viz.ipynb #61c8ad79
@@ -59,12 +63,14 @@ def new_picture(
 # %% ../nbs/0_data/01_viz.ipynb #e24b6110
 def save_figure(
     figure: Figure,    # what to save
-    path: str | Path,  # a .png file to make or replace
+    path: str | Path,  # a .png file to make or replace, or .pdf for print
+    tight: bool = True,  # cut it to what is drawn; else it has the size it was made with
 ) -> Path:             # the same path
-    "Write a figure as PNG, whole or not at all. Raises `ValueError` for another suffix."
-    name = Path(path).name
-    if Path(path).suffix != ".png": raise ValueError(f"figures are saved as .png, not as {name!r}")
-    return write_whole(path, png_bytes(figure))
+    "Write a figure, whole or not at all. Raises `ValueError` for another suffix."
+    path = Path(path)
+    if path.suffix not in (".png", ".pdf"):
+        raise ValueError(f"figures are saved as .png or .pdf, not as {path.name!r}")
+    return write_whole(path, _drawn(figure, path.suffix[1:], tight))
 
 # %% ../nbs/0_data/01_viz.ipynb #92ef6f68
 MODEL_COLORS: dict[str, str] = {}  # registered model → its colour; filled as models are registered

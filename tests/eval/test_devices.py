@@ -14,7 +14,7 @@ from worldmodels_nb.models.base import fresh_model
 from worldmodels_nb.settings import EvaluationSettings, ProbeSettings, TrainingSettings, make_settings
 from worldmodels_nb.training.fit import freeze
 
-EVALUATION = EvaluationSettings(n_windows=8, bootstrap=20, filmstrips=2)
+EVALUATION = EvaluationSettings(n_windows=8, bootstrap=20, filmstrips=2, history=2)
 RECIPE = TrainingSettings(steps=3, batch_size=8)
 VJEPA2 = {"vjepa2.pretrain": {"dim": 24, "depth": 1}, "vjepa2.action": {"dim": 24, "heads": 2, "depth": 1}}
 SMALL = {"model": {"latent_dim": 16}, "encoder.patch": {"channels": 8}, "predictor": {"hidden": [16]}}
@@ -48,7 +48,7 @@ class Scene:
 
     def rolled(self, device):
         b = self.batch(device)
-        with torch.no_grad(): return rollouts.open_loop(self.world, b.latents, b.actions, [1, 3]), b
+        with torch.no_grad(): return rollouts.open_loop(self.world, b.latents, b.actions, 2), b
 
 
 def readings(scene, device):
@@ -75,29 +75,38 @@ def instruments(scene, device):
     z, z_next, x = b.latents[:, 0], b.latents[:, 1], heads.readout(b.latents[:, 0])
     said, named = z + 0.5 * (z_next - z), (b.actions[:, 0, 0] > 0).long()
     score = scene.probe.r2(x, b.states[:, 0]).float().to(device)
-    panels = [collapse.collapse_panel(z, z_next, a, said, score) for a in (b.actions[:, 0], named)]
+    found = [collapse.fit_inverse_probe(collapse.Transitions(z, z_next, a)) for a in (b.actions[:, 0], named)]
+    panels = [collapse.collapse_panel(z, z_next, a, said, score, inverse=inverse)
+              for a, inverse in zip((b.actions[:, 0], named), found, strict=True)]
     return [collapse.rankme(x), collapse.centred(x), collapse.spectrum(x), *panels,
-            collapse.collapse_results(scene.world, scene.steps, scene.probe, "m", 0, device)]
+            collapse.collapse_results(scene.world, scene.steps, scene.probe, "m", 0, device, scene.steps)]
+
+
+def readers_of(scene):
+    means = rollouts.training_means(scene.sample, np.arange(8))
+    return rollouts.Readers({"": scene.probe, "mlp": scene.probe}, scene.decoder, means, [0, 1])
 
 
 def errors(scene, device):
     rolled, b = scene.rolled(device)
-    frames = b.frames[:, scene.world.frame_stack - 1:]
-    there = [rollouts.position_errors(rolled, b.states, [1, 3], scene.probe, [0, 1], same)
-             for same in (True, False)]
-    there += [rollouts.pixel_errors(rolled, frames, [1, 3], scene.decoder)]
+    frames, readers = b.frames[:, scene.world.frame_stack:], readers_of(scene)
+    there = [rollouts.position_errors(rolled, b.states[:, 1:], scene.probe, [0, 1], std, readers.means.state)
+             for std in (None, readers.means.std)]
+    there += [rollouts.pixel_errors(rolled, frames, scene.decoder, readers.means.frame)]
     batches = list(rollouts.rollout_batches(scene.windows, np.arange(8), size=4))      # on the CPU
-    values = rollouts.rollout_errors(scene.world, batches, [1, 3], scene.probe, scene.decoder, [0, 1]).values
-    uncached = [replace(part, latents=None) for part in batches]
-    again = rollouts.rollout_errors(scene.world, uncached, [1, 3]).values
+    values = rollouts.rollout_errors(scene.world, batches, readers, 2)
+    again = rollouts.rollout_errors(scene.world, [replace(part, latents=None) for part in batches], history=2)
     assert {(t.dtype, t.device.type) for m in values.values() for t in m.values()} == {(torch.float64, "cpu")}
     return [*there, values, again]
 
 
 def reports(scene, device):
-    own = scene.world, scene.windows
-    return [rollouts.rollout_results(*own, [1, 3], scene.probe, scene.decoder, "m", EVALUATION, 0, device),
-            rollouts.rollout_strips(scene.world, scene.decoder, scene.windows, EVALUATION, 0, device)]
+    stack, cached = scene.world.frame_stack, scene.latents
+    def windows_of(h): return Windows(scene.sample, np.arange(8), 1 + h, stack, cached)
+    own = "m", EVALUATION, 0, device
+    rows, arrays = rollouts.rollout_results(scene.world, windows_of, [1, 3], readers_of(scene), *own)
+    strips = rollouts.rollout_strips(scene.world, scene.decoder, scene.windows, *own[1:])
+    return [rows, list(arrays.values()), strips]
 
 
 def earnings(scene, device):
@@ -106,10 +115,11 @@ def earnings(scene, device):
     losses = larp.train().loss(b).total
     own = dict(larp=freeze(larp), mlp=scene.mlp)
     batches = [scene.windows.batch(np.arange(8))]                                      # on the CPU
-    errors = rewards.reward_errors(scene.world, own, batches, [1, 3], dict(oracle=scene.oracle))
-    rows = rewards.reward_results(scene.world, own, {}, scene.windows, [1, 2], "m", EVALUATION, 0, device)
-    path = rewards.path_ahead(scene.world, b.latents[:, 0], b.actions)
-    return [losses, errors.values, rows, path, larp(path, b.actions), rewards.reward_rows(errors, "m", 0, 20)]
+    errors = rewards.reward_errors(scene.world, own, batches, 3, dict(oracle=scene.oracle))
+    def windows_of(h): return Windows(scene.sample, np.arange(8), 1 + h, latents=scene.latents, frames=False)
+    rows = rewards.reward_results(scene.world, own, {}, windows_of, [1, 2], "m", EVALUATION, 0, device)
+    said = rewards.reward_rows(errors, 3, "m", 0, 20)
+    return [losses, errors, rows, larp(b.latents, b.actions), said]
 
 
 def caches(scene, device):

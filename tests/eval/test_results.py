@@ -14,8 +14,11 @@ from worldmodels_nb.eval.results import (
     EvaluationError,
     Source,
     as_float64,
+    best_baseline,
+    bootstrap_difference,
     bootstrap_interval,
     bootstrap_ratio,
+    data_rows,
     independent_windows,
     label,
     result_row,
@@ -151,3 +154,76 @@ def test_numbers_of_any_kind_are_added_up_in_float64(values):
     assert torch.equal(found, torch.as_tensor(values, dtype=torch.float64).detach())
     if found.numel() < 2: return
     for call in (bootstrap_interval, lambda x: bootstrap_ratio(x, x)): assert np.isfinite(call(values)).all()
+
+
+# ---------------------------------------------------------------- differences
+
+@pytest.mark.parametrize("shape", [(40,), (40, 3)])
+def test_a_difference_is_that_of_the_means_and_tighter_than_either(shape):
+    rng = np.random.default_rng(0)
+    hard = 3 * rng.exponential(size=shape)                      # what both models share
+    one, other = hard + rng.normal(size=shape) * .1 + .2, hard + rng.normal(size=shape) * .1
+    found, low, high = bootstrap_difference(torch.from_numpy(one), other)
+    assert np.allclose(found, one.mean(0) - other.mean(0)) and np.shape(found) == shape[1:]
+    assert (low > .1).all() and (high < .3).all()
+    _, alone_low, alone_high = bootstrap_interval(one)
+    assert (high - low < (alone_high - alone_low) / 4).all()
+    back = bootstrap_difference(other, one)
+    assert np.allclose(back[0], -found) and np.allclose(back[1], -high) and np.allclose(back[2], -low)
+
+
+@pytest.mark.parametrize("each", [1, 8])
+def test_differences_know_that_windows_of_one_episode_are_alike(each):
+    rng, episode = np.random.default_rng(1), np.repeat(np.arange(12), each)
+    one = rng.normal(size=12)[episode] + .01 * rng.normal(size=12 * each)
+    other = np.zeros_like(one)
+    widths = []
+    for groups in (None, episode):
+        _, low, high = bootstrap_difference(one, other, groups=groups)
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0]) if each == 1 else widths[1] > 2 * widths[0]
+
+
+@pytest.mark.parametrize("one, other, words", [
+    (np.zeros(4), np.zeros(5), "evaluation.n_windows"),
+    (np.zeros((4, 2)), np.zeros(4), "not of the same windows"),
+    (np.zeros(1), np.zeros(1), "at least two independent windows")])
+def test_what_cannot_be_subtracted_is_refused(one, other, words):
+    with pytest.raises(EvaluationError, match=words) as said: bootstrap_difference(one, other)
+    assert "\n" not in str(said.value)
+
+
+STILL, MEAN = (Source("baseline", name, False) for name in ("persistence", "mean_position"))
+THROUGH, REFERENCE = Source("baseline", "persistence"), Source("reference", "probe", False)
+
+
+@pytest.mark.parametrize("means, best", [
+    ({STILL: 2., MEAN: 3.}, STILL), ({STILL: 3., MEAN: 2.}, MEAN), ({MODEL: .1, STILL: 2.}, STILL),
+    ({THROUGH: .1, STILL: 2., MEAN: 3.}, STILL), ({REFERENCE: .1, MEAN: 3.}, MEAN),
+    ({STILL: math.nan, MEAN: 3.}, MEAN), ({STILL: math.nan}, None), ({}, None),
+    ({MODEL: 1., THROUGH: 1.}, None)])
+def test_the_best_baseline_has_no_model_in_it(means, best):
+    assert best_baseline({source: np.full(5, mean) for source, mean in means.items()}) == best
+    assert best_baseline({source: torch.full((5, 2), mean) for source, mean in means.items()}) == best
+
+
+class Falling:
+    "A dataset of lengths only; every second episode is ended by the environment."
+    def __init__(self, lengths):
+        self.lengths = np.array(lengths)
+        self.starts = np.cumsum(self.lengths + 1) - (self.lengths + 1)
+        self.terminated = np.zeros((self.lengths + 1).sum(), bool)
+        self.terminated[(self.starts + self.lengths - 1)[::2]] = True
+
+
+@pytest.mark.parametrize("steps, windows, ended", [(1, 18, 3), (2, 13, 3), (4, 5, 1), (6, 1, 0)])
+def test_rows_say_how_much_of_the_data_was_seen(steps, windows, ended):
+    data = Falling([3, 2, 5, 6, 2, 4])
+    cut = Windows(data, np.array([0, 1, 2, 3, 4]), steps)
+    seen, ends = data_rows(cut, np.arange(len(cut)), horizon=steps, protocol="reward")
+    assert len(cut) == windows == seen["n"] == ends["n"]
+    assert seen["value"] == windows / 18 and ends["value"] == ended
+    assert (seen["metric"], ends["metric"]) == ("windows", "ended") and ends["unit"] == "windows"
+    for row in (seen, ends):
+        assert (row["kind"], row["head"], row["protocol"]) == ("reference", "data", "reward")
+        assert row["model"] == "" and math.isnan(row["low"]) and row["horizon"] == steps

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from worldmodels_nb.data.datasets import Batch, Windows, open_dataset, sample_dataset
+from worldmodels_nb.data.datasets import Windows, open_dataset, sample_dataset
 from worldmodels_nb.data.envs import ActionSpec
 from worldmodels_nb.data.episodes import DataSpec, Episode, EpisodeWriter
 from worldmodels_nb.eval.latents import LatentsError, encode_dataset
@@ -23,7 +23,6 @@ from worldmodels_nb.eval.rewards import (
     LookAheadRewardPredictor,
     RewardMLP,
     RewardWindows,
-    path_ahead,
     predict_dataset,
     reward_errors,
     reward_horizons,
@@ -32,7 +31,7 @@ from worldmodels_nb.eval.rewards import (
     reward_rows,
     reward_scale,
 )
-from worldmodels_nb.eval.rollouts import RolloutErrors, rollout_batches
+from worldmodels_nb.eval.rollouts import roll_ahead, rollout_batches
 from worldmodels_nb.models import encdec, jepa  # noqa: F401  (they register themselves)
 from worldmodels_nb.models.base import WorldModel, build_model
 from worldmodels_nb.settings import EvaluationSettings, TrainingSettings, make_settings
@@ -216,22 +215,35 @@ def test_steps_are_those_of_plain_windows_and_never_cross_an_end(data):
             RewardWindows(data, episodes, latents, wrong)
 
 
-def test_longer_paths_stay_in_their_episode(data, tmp_path):
+def test_every_step_is_learnt_from_once_at_each_place_of_a_path(data, tmp_path):
     latents, episodes = data.states[:, None].astype(np.float32), np.array([0, 1, 2, 3])
     ahead = predict_dataset(Drift(), data, latents, tmp_path, steps=3, progress=False)
     windows = RewardWindows(data, episodes, latents, ahead)
-    assert len(windows) == sum(max(LENGTHS[e] - 2, 0) for e in episodes)
-    ours, theirs = everything(windows), everything(Windows(data, episodes, 3, latents=latents))
-    assert ours.latents.shape == (len(windows), 4, 1, 2)
-    assert torch.allclose(ours.latents, theirs.latents, atol=1e-5)         # a perfect model
+    want = [(place, data.starts[e] + t) for place in range(3) for e in episodes
+            for t in range(place, LENGTHS[e])]
+    assert sorted(zip(windows.place, windows.begin)) == sorted(want)
+    ours, rows = everything(windows), windows.begin
+    assert ours.latents.shape == (len(want), 2, 1, 2) and ours.rewards.shape == (len(want), 1)
+    assert torch.allclose(ours.latents[:, 0], torch.from_numpy(latents[rows]), atol=1e-5)  # it is right
+    assert torch.allclose(ours.latents[:, 1], torch.from_numpy(latents[rows + 1]), atol=1e-5)
     for name in ("actions", "rewards", "terminated"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    head = RewardMLP((1, 2), data.spec.action, **PLAIN).fit_normalization(windows)
-    def step(k):
-        one = slice(k, k + 1)
-        return Batch(None, ours.actions[:, one], ours.rewards[:, one], None, latents=ours.latents[:, k:k + 2])
-    losses = [head.loss(step(k)).total for k in range(3)]
-    assert torch.allclose(head.loss(ours).total, torch.stack(losses).mean())
+        assert torch.equal(getattr(ours, name)[:, 0], torch.from_numpy(np.asarray(getattr(data, name)[rows])))
+    last = np.isin(rows, (data.starts + data.lengths - 1)[episodes])
+    assert [int((last & (windows.place == k)).sum()) for k in range(3)] == [4, 3, 3]   # one has a single step
+
+
+@pytest.mark.parametrize("picked", [[0, 2, 3], [1, 5, 4]])
+def test_a_step_at_a_later_place_begins_where_the_path_has_come_to(picked, data, tmp_path):
+    latents, rows = data.states[:, None].astype(np.float32), data.frame_indices(np.array(picked))
+    ahead = np.array(predict_dataset(Drift(.5), data, latents, tmp_path, 3, progress=False, rows=rows))
+    windows = RewardWindows(data, np.array(picked), latents, ahead, rows)
+    batch = everything(windows)
+    assert batch.latents.isfinite().all()                       # nothing from behind an end
+    for i in range(0, len(windows), 5):
+        row, k = windows.begin[i], windows.place[i]
+        path = ahead[np.flatnonzero(rows == row - k)[0]]
+        first = latents[row] if k == 0 else path[k - 1]
+        assert np.array_equal(batch.latents[i], np.stack([first, path[k]]))
 
 
 def test_without_a_hidden_layer_the_head_is_least_squares(data, monkeypatch):
@@ -412,52 +424,99 @@ def own(name): return Source("model", name)
 def oracle(name): return Source("reference", name, False)
 
 
-def test_rewards_along_a_path_by_hand(data):
-    model, (heads, oracles), (batches, _) = Drift(.8), heads_of(data, .8), paths(data)
-    mse = reward_errors(model, heads, batches, [1, 3, 4], oracles).values["mse"]
-    row, batch = 0, batches[0]
-    z = batch.latents[row, 1]                       # the second latent of the window is the present
-    for k in range(1, 5):
-        action = batch.actions[row:row + 1, k:k + 1]
-        ahead = Drift(.8).rollout(z[None, None], action[:, :0], action)[0, 0]
-        pair, truth = torch.stack([z, ahead])[None], batch.rewards[row, k]
-        states = batch.states[row:row + 1, k:k + 2, None]
-        if k in (1, 3, 4):
-            found = {source: error[row, [1, 3, 4].index(k)] for source, error in mse.items()}
-            def off(said, truth=truth): return (said - truth).square().item()
-            for name, head in heads.items():
-                assert found[own(name)] == pytest.approx(off(head(pair, action)[0, 0]), rel=1e-3, abs=1e-6)
-            for name, head in oracles.items():
-                said = head(states, action)[0, 0]
-                assert found[oracle(name)] == pytest.approx(off(said), rel=1e-3, abs=1e-6)
-            assert found[LAST_REWARD] == pytest.approx(off(batch.rewards[row, 0]), rel=1e-4, abs=1e-7)
-            assert found[MEAN_REWARD] == pytest.approx(off(heads["reward_mlp"].centre), rel=1e-4, abs=1e-7)
-        z = ahead
+def by_horizon(model, heads, data, horizons, oracles=None, before=1):
+    "Errors of windows that are as long as each horizon asks for."
+    found = {}
+    for k in horizons:
+        batches, _ = paths(data, before + k)
+        found[k] = reward_errors(model, heads, batches, k, oracles)
+    return found
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_rewards_along_a_path_by_hand(before, data):
+    model, (heads, oracles) = Drift(.8), heads_of(data, .8)
+    for k, found in by_horizon(model, heads, data, [1, 3, 4], oracles, before).items():
+        batch, row = paths(data, before + k)[0][0], 0
+        z, t = batch.latents[row, before], before + k - 1
+        for i in range(before, t + 1):
+            present, action = z, batch.actions[row:row + 1, i:i + 1]
+            z = model.rollout(z[None, None], action[:, :0], action)[0, 0]
+        pair, truth = torch.stack([present, z])[None], batch.rewards[row, t]
+        states = batch.states[row:row + 1, t:t + 2, None]
+        def off(said, truth=truth): return pytest.approx((said - truth).square().item(), rel=1e-3, abs=1e-6)
+        for name, head in heads.items(): assert found[own(name)][row] == off(head(pair, action)[0, 0])
+        for name, head in oracles.items(): assert found[oracle(name)][row] == off(head(states, action)[0, 0])
+        assert found[LAST_REWARD][row] == off(batch.rewards[row, before - 1])
+        assert found[MEAN_REWARD][row] == off(heads["reward_mlp"].centre)
 
 
 def test_with_a_perfect_model_heads_are_oracles_at_every_horizon(data):
     heads, oracles = heads_of(data)
-    mse = reward_errors(Drift(), heads, paths(data)[0], [1, 2, 3, 4], oracles).values["mse"]
-    for name, like in (("reward_mlp", "oracle"), ("larp", "oracle_ahead")):
-        assert torch.allclose(mse[own(name)], mse[oracle(like)], rtol=1e-2, atol=1e-4)
-    wrong = reward_errors(Drift(-1.), heads, paths(data)[0], [1, 4], oracles).values["mse"]
-    assert torch.allclose(wrong[REWARD_MLP][:, 0], mse[REWARD_MLP][:, 0])  # the first step needs no model
-    assert not torch.allclose(wrong[LARP][:, 0], mse[LARP][:, 0])
-    assert not torch.allclose(wrong[REWARD_MLP][:, 1], mse[REWARD_MLP][:, 3])
+    right = by_horizon(Drift(), heads, data, [1, 2, 3, 4], oracles)
+    for mse in right.values():
+        for name, like in (("reward_mlp", "oracle"), ("larp", "oracle_ahead")):
+            assert torch.allclose(mse[own(name)], mse[oracle(like)], rtol=1e-2, atol=1e-4)
+    wrong = by_horizon(Drift(-1.), heads, data, [1, 4], oracles)
+    assert torch.allclose(wrong[1][REWARD_MLP], right[1][REWARD_MLP])       # the first step needs no model
+    assert not torch.allclose(wrong[1][LARP], right[1][LARP])
+    assert not torch.allclose(wrong[4][REWARD_MLP], right[4][REWARD_MLP])
 
 
-def test_an_error_does_not_depend_on_how_far_is_asked(data):
+class Looks(Drift):
+    "Looks at three latents: each of the two before the present adds a tenth of itself."
+    context_length = 3
+
+    def rollout(self, z, past_actions, actions):
+        assert past_actions.shape[1] == z.shape[1] - 1 <= 2
+        steps = torch.from_numpy(moves_of(actions.numpy())).cumsum(1)[:, :, None]
+        return z[:, -1:] + .1 * z[:, :-1].sum(1, keepdim=True) + steps
+
+
+def test_a_model_that_looks_back_gets_the_history_there_is(data, tmp_path):
+    latents = data.states[:, None].astype(np.float32)
+    ahead = predict_dataset(Looks(), data, latents, tmp_path, 2, batch=5, progress=False)
+    for start, L in zip(data.starts, data.lengths):
+        for t in range(L):
+            z = torch.from_numpy(latents[None, start:start + t + 1].copy())
+            actions = torch.from_numpy(np.array(data.actions[start:start + min(t + 2, L)]))[None]
+            said = roll_ahead(Looks(), z, actions)[0]
+            assert np.allclose(ahead[start + t, :len(said)], said, atol=1e-5)
     heads, _ = heads_of(data)
-    def mse(horizons): return reward_errors(Drift(.5), heads, paths(data)[0], horizons).values["mse"]
-    near, far = mse([1, 2]), mse([4, 2, 1])
-    for source in near: assert torch.allclose(near[source], far[source][:, [2, 1]], atol=1e-6)
+    near, far = (by_horizon(Looks(), heads, data, [2], before=before)[2] for before in (2, 4))
+    assert near[LARP].isfinite().all() and far[LARP].isfinite().all()
 
 
-def test_a_path_begins_with_the_present_and_goes_where_the_model_goes():
-    z, actions = torch.randn(4, 1, 2), torch.randn(4, 3, 2)
-    path = path_ahead(Drift(), z, actions)
-    assert path.shape == (4, 4, 1, 2) and torch.equal(path[:, 0], z)
-    assert torch.allclose(path[:, 3, 0], z[:, 0] + actions.sum(1), atol=1e-6)
+def ending(folder, lengths):
+    "Episodes of these lengths, each of which ends itself."
+    rng, spec = np.random.default_rng(0), DataSpec((1, 4, 4), CONTINUOUS, ["x", "y"], [0, 1])
+    with EpisodeWriter(folder, spec, {"lengths": list(lengths)}) as writer:
+        for L in lengths:
+            frames, s = np.zeros((L + 1, 1, 4, 4), np.uint8), rng.normal(size=(L + 1, 2)).astype(np.float32)
+            a, r = rng.uniform(-1, 1, (L, 2)).astype(np.float32), rng.normal(size=L).astype(np.float32)
+            writer.add(Episode(frames, a, r, True, s))
+    return open_dataset(folder)
+
+
+@pytest.mark.parametrize("history", [1, 2, 4])
+def test_ends_of_episodes_are_scored_at_every_horizon(history, tmp_path):
+    data = ending(tmp_path / "set", [9, 11, 12, 14, 17, 23, 12, 13])
+    latents, seen = data.states[:, None], {}
+    class Counting(Windows):
+        def batch(self, indices):
+            batch = super().batch(indices)
+            seen[self.steps] = seen.get(self.steps, 0) + int(batch.terminated[:, -1].sum())
+            return batch
+    before = max(history - 1, 1)
+    def windows_of(h): return Counting(data, np.arange(8), before + h, latents=latents, frames=False)
+    horizons = reward_horizons(data, np.arange(8), range(1, 9), history)
+    assert horizons == list(range(1, 9))
+    s = EvaluationSettings(n_windows=1000, bootstrap=10)
+    steps = RewardWindows(data, np.arange(8), latents)
+    head = RewardMLP((1, 2), CONTINUOUS, **PLAIN).fit_normalization(steps)
+    reward_results(Drift(), dict(reward_mlp=head.eval()), {}, windows_of, horizons, "m", s, 0, "cpu")
+    assert seen == {before + h: int((data.lengths >= before + h).sum()) for h in horizons}
+    assert min(seen.values()) > 0
 
 
 class Accent(Drift):
@@ -471,14 +530,15 @@ class Accent(Drift):
 def test_heads_trained_on_paths_of_two_understand_predictions_of_predictions(tmp_path):
     data = write(tmp_path / "set", CONTINUOUS, lambda s, move, after: move[:, 0])
     latents = np.pad(data.states, ((0, 0), (0, 1)))[:, None]
-    windows = Windows(data, np.arange(len(LENGTHS)), 5, latents=latents)
     heads = {}
     for P in (1, 2):
         ahead = predict_dataset(Accent(), data, latents, tmp_path, P, progress=False)
         steps = RewardWindows(data, np.arange(len(LENGTHS)), latents, ahead)
         heads[P] = learn(LookAheadRewardPredictor((1, 3), CONTINUOUS, use_action=False, **PLAIN), steps)
-    errors = reward_errors(Accent(), heads, [everything(windows)], [1, 2, 4]).values["mse"]
-    mean, one, two = (errors[source].mean(0) for source in (MEAN_REWARD, own(1), own(2)))
+    def windows(k): return Windows(data, np.arange(len(LENGTHS)), 1 + k, latents=latents)
+    errors = [reward_errors(Accent(), heads, [everything(windows(k))], k) for k in (1, 2, 4)]
+    def means(source): return torch.stack([error[source].mean() for error in errors])
+    mean, one, two = (means(source) for source in (MEAN_REWARD, own(1), own(2)))
     assert one[0] < .1 * mean[0] and one[1:].min() > mean.max()
     assert (two < .1 * mean).all()
 
@@ -490,26 +550,28 @@ def test_byte_states_serve_oracles(data):
     assert ratio(learn(RewardMLP((1, 2), data.spec.action, **PLAIN), windows), windows) < .2
 
 
-@pytest.mark.parametrize("horizons", [[], [0], [5], [1, 9]])
-def test_horizons_that_do_not_fit_are_refused(horizons, data):
+@pytest.mark.parametrize("horizon", [0, 5, 9])
+def test_a_horizon_that_does_not_fit_is_refused(horizon, data):
     heads, (batches, _) = heads_of(data)[0], paths(data)
     with pytest.raises(EvaluationError, match="evaluation.horizons"):
-        reward_errors(Drift(), heads, batches, horizons)
+        reward_errors(Drift(), heads, batches, horizon)
 
 
 def test_nothing_to_evaluate_is_refused(data):
     heads, _ = heads_of(data)
-    with pytest.raises(EvaluationError, match="evaluation.n_windows"): reward_errors(Drift(), heads, [], [1])
+    with pytest.raises(EvaluationError, match="evaluation.n_windows"): reward_errors(Drift(), heads, [], 1)
 
 
-def test_rows_say_whose_they_are_and_ratios_are_paired(data):
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_rows_say_whose_they_are_and_a_ratio_equals_its_two_parts(horizon, data):
     heads, oracles = heads_of(data)
     plain = RewardWindows(data, np.arange(8), data.states[:, None])
     blind = RewardMLP((1, 2), data.spec.action, use_action=False, **PLAIN).fit_normalization(plain).eval()
-    batches, episode = paths(data)
-    errors = reward_errors(Drift(.5), heads | {"mlp_blind": blind}, batches, [1, 4], oracles)
-    rows = reward_rows(errors, "jepa", seed=3, resamples=200, groups=episode)
-    assert {(row["protocol"], row["n"]) for row in rows} == {("reward", len(episode))}
+    batches, episode = paths(data, 1 + horizon)
+    errors = reward_errors(Drift(.5), heads | {"mlp_blind": blind}, batches, horizon, oracles)
+    rows = reward_rows(errors, horizon, "jepa", seed=3, resamples=200, groups=episode)
+    what = {(row["protocol"], row["n"], row["horizon"]) for row in rows}
+    assert what == {("reward", len(episode), horizon)}
     whose = dict.fromkeys((row["model"], row["kind"], row["head"]) for row in rows)
     assert list(whose) == [("jepa", "model", "reward_mlp"), ("jepa", "model", "larp"),
                            ("jepa", "model", "mlp_blind"),
@@ -517,42 +579,130 @@ def test_rows_say_whose_they_are_and_ratios_are_paired(data):
                            ("", "baseline", "mean_reward"), ("", "baseline", "last_reward")]
     assert {row["unit"] for row in rows if row["metric"] == "mse"} == {"reward²"}
     assert {row["unit"] for row in rows if row["metric"] != "mse"} == {""}
-    found = {(row["head"], row["metric"], row["horizon"]): row for row in rows}
-    assert len(found) == len(rows) == 2 * (2 * 7 + 2)
-    mean = found["mean_reward", "mse_ratio", 4]
-    assert (mean["value"], mean["low"], mean["high"]) == (1, 1, 1)
-    mse = {source: error[:, 1].mean().item() for source, error in errors.values["mse"].items()}
-    for name in ("larp", "mlp_blind"):
-        row = found[name, "mse_vs_mlp", 4]
-        assert row["value"] == pytest.approx(mse[own(name)] / mse[REWARD_MLP])
-        assert row["low"] <= row["value"] <= row["high"]
+    found = {(row["head"], row["metric"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * 7 + 2
+    best = min(("mean_reward", "last_reward"), key=lambda name: found[name, "mse"]["value"])
+    assert {found[best, "mse_ratio"][key] for key in ("value", "low", "high")} == {1}
+    for over, metric in ((best, "mse_ratio"), ("reward_mlp", "mse_vs_mlp")):
+        for (head, name), row in found.items():
+            if name != metric: continue
+            parts = found[head, "mse"]["value"], found[over, "mse"]["value"]
+            assert row["value"] == pytest.approx(parts[0] / parts[1])
+            assert row["low"] <= row["value"] <= row["high"]
     compared = {(row["kind"], row["head"]) for row in rows if row["metric"] == "mse_vs_mlp"}
     assert compared == {("model", "larp"), ("model", "mlp_blind")}
 
 
-def test_a_baseline_without_error_gives_no_ratio_and_no_crash():
-    zero, some = torch.zeros(6, 1).double(), torch.rand(6, 1).double()
-    rows = reward_rows(RolloutErrors([1], {"mse": {LARP: some, MEAN_REWARD: zero}}), "m", resamples=20)
+@pytest.mark.parametrize(("mean", "last", "best"), [(4., 1., 1.), (1., 4., 1.), (2., math.nan, 2.)])
+def test_the_ratio_is_over_the_better_of_the_two_baselines(mean, last, best):
+    errors = {LARP: 3., MEAN_REWARD: mean, LAST_REWARD: last}
+    errors = {source: torch.full((6,), value).double() for source, value in errors.items()}
+    rows = reward_rows(errors, 1, "m", resamples=20)
+    ratio, = [row["value"] for row in rows if row["head"] == "larp" and row["metric"] == "mse_ratio"]
+    assert ratio == pytest.approx(3 / best)
+
+
+@pytest.mark.parametrize("score", [0., math.nan])
+def test_a_baseline_without_an_error_gives_no_ratio_and_no_crash(score):
+    none, some = torch.full((6,), score).double(), torch.rand(6).double()
+    rows = reward_rows({LARP: some, MEAN_REWARD: none}, 1, "m", resamples=20)
     found = {(row["head"], row["metric"]): row["value"] for row in rows}
-    assert math.isnan(found["larp", "mse_ratio"]) and found["mean_reward", "mse"] == 0
+    assert math.isnan(found["larp", "mse_ratio"])
+    assert found["mean_reward", "mse"] == pytest.approx(score, nan_ok=True)
     assert ("larp", "mse_vs_mlp") not in found
 
 
-def test_results_are_the_rows_of_the_chosen_windows(data):
+def test_results_are_the_rows_of_each_horizons_own_windows(data):
     heads, oracles = heads_of(data)
-    latents = data.states[:, None].astype(np.float32)
-    windows = Windows(data, np.arange(4, 12), 5, latents=latents, frames=False)
+    latents, rows = data.states[:, None].astype(np.float32), []
+    def windows_of(h): return Windows(data, np.arange(4, 12), 1 + h, latents=latents, frames=False)
     s = EvaluationSettings(n_windows=20, bootstrap=50)
-    rows = reward_results(Drift(.5), heads, oracles, windows, [1, 4], "drift", s, seed=2, device="cpu")
-    chosen, episode = independent_windows(windows, 20, 2)
-    errors = reward_errors(Drift(.5), heads, rollout_batches(windows, chosen), [1, 4], oracles)
-    assert rows == reward_rows(errors, "drift", 2, 50, groups=episode)
-    assert {row["head"] for row in rows if row["model"] == "drift"} == {"reward_mlp", "larp"}
+    found = reward_results(Drift(.5), heads, oracles, windows_of, [1, 4], "drift", s, seed=2, device="cpu")
+    for k in (1, 4):
+        chosen, episode = independent_windows(windows_of(k), 20, 2)
+        errors = reward_errors(Drift(.5), heads, rollout_batches(windows_of(k), chosen), k, oracles)
+        rows += reward_rows(errors, k, "drift", 2, 50, groups=episode)
+    assert found == rows
+    assert {row["head"] for row in found if row["model"] == "drift"} == {"reward_mlp", "larp"}
 
 
 def test_horizons_leave_a_step_for_the_last_reward_in_two_episodes(data):
-    assert reward_horizons(data, np.arange(4), [1, 4, 5, 6, 8]) == [1, 4, 5]  # the second has six steps
+    for history, fits in ((1, [1, 4, 5]), (2, [1, 4, 5]), (4, [1])):          # the second has six steps
+        assert reward_horizons(data, np.arange(4), [1, 4, 5, 6, 8], history) == fits
     assert reward_horizons(data, np.array([1, 3]), [1, 4]) == []
+
+
+WIDE = dict(hidden=(16,), dropout=0., latent_width=8)
+
+
+def seen_by(head, windows):
+    "What the network is given of each step's latents, (n, L, W)."
+    inputs = head.inputs(everything(windows).latents)
+    return torch.einsum("bplk,lkw->bplw", inputs - head.mean, head.axes)[:, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, 2, 8, 9, 40, 500])
+def test_heads_have_as_many_weights_behind_every_latent(width, kind, data):
+    def weights(D): return sum(p.numel() for p in kind((1, D), CONTINUOUS, **WIDE).parameters())
+    assert weights(width) == weights(8)
+    latents = np.random.default_rng(0).normal(size=(len(data.states), 1, width)).astype(np.float32)
+    windows = RewardWindows(data, np.arange(len(LENGTHS)), latents)
+    head = kind((1, width), data.spec.action, **WIDE).fit_normalization(windows)
+    batch = everything(windows)
+    x = seen_by(head, windows)
+    assert x.shape == (len(windows), kind.latents_per_step, 8) and x.isfinite().all()
+    assert (x[..., width:] == 0).all() and (x[..., :min(width, 8)].std(0) > .1).all()
+    assert head(batch.latents, batch.actions).isfinite().all()
+
+
+def widely_turned(z):
+    return turned(np.pad(z, ((0, 0), (0, 0), (0, 40))))
+
+
+def turned(z):
+    q = np.linalg.qr(np.random.default_rng(1).normal(size=(z.shape[-1],) * 2))[0]
+    return (z.astype(float) @ q).astype(np.float32)
+
+
+@pytest.mark.parametrize("other", [lambda z: np.tile(z, 8), lambda z: 1e3 * z + 5, lambda z: z / 77, turned,
+                                   widely_turned],
+                         ids=["copied", "scaled", "shrunk", "turned", "turned in a wide space"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copied_scaled_and_turned_latents_are_seen_alike(kind, other, data):
+    rng = np.random.default_rng(0)
+    z = (rng.normal(size=(len(data.states), 1, 5)) * [4, 2, 1, .3, .05]).astype(np.float32)
+    def seen(latents):
+        windows = RewardWindows(data, np.arange(len(LENGTHS)), latents)
+        head = kind(latents.shape[1:], data.spec.action, **WIDE).fit_normalization(windows)
+        return seen_by(head, windows)
+    assert torch.allclose(seen(z).abs(), seen(other(z)).abs(), atol=2e-2)      # but for signs
+
+
+def test_a_small_direction_is_heard_and_none_is_louder_than_a_larger_one(data):
+    z = np.random.default_rng(0).normal(size=(len(data.states), 1, 3)) * [1, .1, .01]
+    windows = RewardWindows(data, np.arange(len(LENGTHS)), z.astype(np.float32))
+    head = RewardMLP((1, 3), data.spec.action, **WIDE).fit_normalization(windows)
+    spreads = seen_by(head, windows)[:, 0, :3].std(0, correction=0)
+    assert torch.allclose(spreads, torch.tensor([1, .316, .1]), rtol=.2)      # a tenth of it, not a hundredth
+
+
+def test_what_does_not_vary_and_what_is_only_rounding_is_not_seen(data):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(len(data.states), 1, 2)).astype(np.float32)
+    same = np.concatenate([z, z @ np.float32([[.3, 1], [.7, -2]])], 2)         # four numbers, two directions
+    windows = RewardWindows(data, np.arange(len(LENGTHS)), same)
+    head = RewardMLP((1, 4), data.spec.action, **WIDE).fit_normalization(windows)
+    assert (head.axes[0] != 0).any(0).tolist() == [True] * 2 + [False] * 6
+
+
+def test_heads_on_states_look_at_them_as_they_are(data):
+    windows = RewardWindows(data, np.arange(len(LENGTHS)), data.states[:, None])
+    head = RewardMLP((1, 2), data.spec.action, **PLAIN | dict(latent_width=None)).fit_normalization(windows)
+    off = head.axes[0][~torch.eye(2, dtype=bool)]
+    assert head.axes.shape == (1, 2, 2) and (off == 0).all()
+    x = (torch.from_numpy(np.asarray(data.states)[windows.begin]) - head.mean[0]) @ head.axes[0]
+    assert torch.allclose(x.std(0, correction=0), torch.ones(2), atol=1e-4)
 
 
 def test_paths_of_a_real_model_are_its_rollouts(tmp_path):

@@ -12,8 +12,8 @@ from typer.main import get_command
 
 from worldmodels_nb.models.base import build_model
 from worldmodels_nb.runs.cli import app
+from worldmodels_nb.runs.facts import read_rows
 from worldmodels_nb.runs.reopen import SAMPLE_RUN
-from worldmodels_nb.runs.report import read_rows
 from worldmodels_nb.settings import load_settings, repo_root
 
 ROOT = repo_root(Path(__file__).parent)
@@ -79,7 +79,10 @@ def test_findings_are_of_the_rows_that_are_there():
     shown = json.dumps([cell.get("outputs") for cell in cells], ensure_ascii=False)
     rows = [row for row in read_rows(ROOT / SAMPLE_RUN) if row["kind"] == "model"]
     wanted = [words(row) for row in rows if (row["metric"], row["horizon"]) == ("position_ratio", 8)]
-    wanted += [words(row) for row in rows if (row["metric"], row["horizon"]) == ("latent_ratio", 1)]
+    every = {(r["model"], r["head"]): r["value"] for r in read_rows(ROOT / SAMPLE_RUN)
+             if (r["metric"], r["horizon"]) == ("latent", 1)}
+    wanted += [f"{value / every[model, 'persistence']:.2f} in its latents"
+               for (model, head), value in every.items() if not head]
     wanted += [words(row, 3) for row in rows if (row["metric"], row["model"]) == ("r2 position", "vjepa2")]
     with open(ROOT / "data/study/collapse.csv", newline="", encoding="utf-8") as f:
         spreads = [float(row["value"]) for row in csv.DictReader(f) if row["metric"] == "std_mean"]
@@ -108,7 +111,8 @@ def test_baselines_stand_where_readme_says(tmp_path):
     found = {row["protocol"]: set() for row in rows}
     for row in rows:
         if row["kind"] == "baseline": found[row["protocol"]].add(row["head"])
-    assert found == {"rollout": {"persistence", "shuffled_actions", "mean_frame"}, "probe": {"untrained"},
+    rollout = {"persistence", "shuffled_actions", "mean_frame", "mean_position"}
+    assert found == {"rollout": rollout, "probe": {"untrained", "raw_pixels"},
                      "reward": {"mean_reward", "last_reward"}, "cost": set(), "collapse": set()}
     assert {"steps", "frames_seen", "seconds"} <= {row["metric"] for row in rows if row["protocol"] == "cost"}
 

@@ -23,6 +23,7 @@ TERMS = {
     "sigreg": {"sigreg": {"weight": 1.0, "directions": 8}},
     "smoothness": {"smoothness": 1.0},
     "inverse": {"inverse": 1.0},
+    "within": {"within_variance": 1.0, "within_covariance": 1.0},
 }
 OFF = {name: 0.0 for name in ("variance", "covariance", "invariance", "smoothness", "inverse")}
 OFF |= {name: {"weight": 0.0} for name in ("barlow", "dino", "sigreg")}

@@ -138,3 +138,36 @@ def test_a_longer_stack_is_shifted_frame_by_frame(name, tiny, small_model, rando
         assert torch.equal(model.rollout(z, batch.actions[:, :0], batch.actions[:, :2]), by_hand)
         frames = torch.stack([one[:, -1:], two[:, -1:]], dim=1) * model.frame_scale + model.mean_frame
         assert torch.equal(model.imagine(batch.frames[:, :3], batch.actions[:, :2]), frames.clamp(0, 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stack, unroll, pixel", [(1, 2, 0.0), (3, 4, 1.0), (2, 5, 0.0), (1, 3, 1.0)])
+def test_predictions_are_fed_back(name, stack, unroll, pixel, tiny, small_model, random_windows, learn):
+    "For U steps from each U-th true latent, window by window; a window that U does not divide ends earlier."
+    settings = tiny(model={"frame_stack": stack}, loss={"pixel": pixel}, train={"window_steps": STEPS})
+    model = small_model(name, settings, "continuous")
+    batch = random_windows("continuous", stack)
+    learn(model, batch, 2)
+    model.unroll, decoded = unroll, []
+    model.eval()
+    with torch.no_grad():
+        x = model.preprocess(batch.frames)
+        for t in range(STEPS):
+            if t % unroll == 0: z, seen = model.encode(batch.frames)[:, t], None
+            decoded.append(model.decode(z, batch.actions[:, t]))
+            seen = decoded[-1] if seen is None else model.shifted(seen, decoded[-1])
+            z = model.encoder(seen)
+        by_hand = (torch.stack(decoded, 1) - x[:, 1:]).square().mean()
+        torch.testing.assert_close(model.loss(batch).terms["pixels"], by_hand)
+
+
+@pytest.mark.parametrize("unroll, begin, at", [(4, .67, 67), (2, .5, 50), (None, 0.0, 0), (3, 1.0, None)])
+def test_feeding_back_begins_when_it_is_told_to(unroll, begin, at, fresh):
+    own = {"unroll": unroll, "unroll_from": begin}
+    model, fed_back = fresh(encdec=own, train={"window_steps": 4}).train(), []
+    for step in range(100):
+        model.before_step(step, 100)
+        fed_back.append(model.steps_fed_back)
+    wanted = min(unroll or 4, 4)
+    assert fed_back == [1 if at is None or step < at else wanted for step in range(100)]
+    assert model.eval().steps_fed_back == wanted

@@ -176,3 +176,20 @@ def test_stop_gradient_keeps_the_target_still(tiny, small_model, random_windows)
         model.loss(random_windows("continuous")).total.backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters()]))
     assert not torch.allclose(*grads)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("unroll", [1, 2, 3, None])
+def test_predictions_are_fed_back(unroll, target, fresh, everything):
+    "For U steps from each U-th latent of the present's side; a window that U does not divide ends earlier."
+    steps = everything.actions.shape[1]
+    model = fresh(jepa={"target": target, "unroll": unroll}, train={"window_steps": steps}).train()
+    U, a = unroll or steps, everything.actions
+    x = model.preprocess(everything.frames)
+    online = model.embed(model.encoder, x)
+    future = online if target == "shared" else model.embed(model.target, x)
+    present = future if target == "ema_both" else online
+    starts = [present[:, t - t % U] for t in range(steps)]
+    paths = [model.predictor(start, a[:, t - t % U:t + 1])[:, -1] for t, start in enumerate(starts)]
+    by_hand = (torch.stack(paths, 1) - future[:, 1:]).square().mean()
+    torch.testing.assert_close(model.loss(everything).terms["prediction"], by_hand.detach())

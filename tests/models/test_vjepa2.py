@@ -324,3 +324,29 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
         check_actions(own.state_dict(), own)
         with pytest.raises(SettingsError, match=f"trained with actions of {word}.*env.id"):
             check_actions(own.state_dict(), others)
+
+
+@pytest.mark.parametrize("name", ["encdec", "encdec_jepa", "jepa", "vjepa2"])
+@pytest.mark.parametrize("stack, own", [
+    (2, {}), (3, {}), (4, {}), (4, {"frames": 1}), (2, {"frames": 4, "tubelet_size": 4})])
+@torch.no_grad()
+def test_every_stacked_frame_is_seen(name, stack, own):
+    "What moved before is in the latent: a change of any frame of the stack changes it."
+    torch.manual_seed(0)
+    sizes = {"patch_size": 4, "dim": 24, "depth": 1, "heads": 2} | own
+    settings = tiny(**{"model": {"frame_stack": stack, "patch_size": 4}, "vjepa2.pretrain": sizes})
+    model = build_model(name, settings, DataSpec((3, 16, 16), CONTINUOUS, [], [])).eval()
+    batch = frames(CONTINUOUS, 3, stack)
+    z = model.encode(batch.frames)
+    for k in range(stack):
+        changed = batch.frames.clone()
+        changed[:, k] = 255 - changed[:, k]
+        assert not torch.allclose(model.encode(changed)[:, 0], z[:, 0]), k
+    if name == "vjepa2": model.masked.loss(batch)
+
+
+@pytest.mark.parametrize("clip, tubelet, stack, whole", [
+    (4, None, 1, (4, 1)), (4, None, 3, (6, 3)), (1, None, 4, (4, 4)), (8, 2, 4, (8, 2))])
+def test_a_clip_holds_whole_tubelets(clip, tubelet, stack, whole):
+    own = tiny(**{"vjepa2.pretrain": {"frames": clip, "tubelet_size": tubelet}}).vjepa2.pretrain
+    assert own.clip(stack) == whole

@@ -14,7 +14,10 @@ from worldmodels_nb.nn.losses import (
     inverse_loss,
     sigreg_loss,
     smoothness_loss,
+    time_centred,
     variance_loss,
+    within_covariance_loss,
+    within_variance_loss,
 )
 
 seeds = st.integers(0, 2**31 - 1)
@@ -177,3 +180,50 @@ def test_a_sheet_per_token_is_the_mean_over_a_loop(seed, tokens):
     def sigreg(z): return sigreg_loss(z, 5, generator=seeded(seed))
     for loss in (variance_loss, covariance_loss, sigreg):
         assert loss(z).item() == pytest.approx(mean([loss(sheet).item() for sheet in z]), abs=1e-12)
+
+
+# what moves
+
+SHAPES = [(3, 4, 2), (5, 2, 3), (2, 9, 1)]  # B, T, D
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-3, .2, 3.0])
+def test_spread_within_windows_by_loops(shape, scale):
+    z, (B, T, D) = normal(*shape, scale=scale) + normal(shape[0], 1, shape[2], seed=1, scale=50.0), shape
+    terms = []
+    for j in range(D):
+        off = [z[b, t, j].item() - mean(z[b, :, j].tolist()) for b in range(B) for t in range(T)]
+        terms.append(max(0.0, math.log(.5) - math.log(math.sqrt(mean([x * x for x in off]) + 1e-4))))
+    assert within_variance_loss(time_centred(z).flatten(0, 1)).item() == pytest.approx(mean(terms), abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_stands_still_adds_nothing(shape):
+    "Not to the spread within windows, however far windows lie apart, nor to its covariances."
+    z, far = normal(*shape), 100 * normal(shape[0], 1, shape[2], seed=1)
+    for loss in (within_variance_loss, within_covariance_loss):
+        moved, still = (loss(time_centred(x).flatten(0, 1)).item() for x in (z + far, z))
+        assert moved == pytest.approx(still, abs=1e-9)
+    still = time_centred(far.expand(shape)).flatten(0, 1)
+    assert within_variance_loss(still).item() == pytest.approx(math.log(.5 / .01), abs=1e-9)
+    assert variance_loss(far.expand(shape).flatten(0, 1)) < .7
+
+
+@pytest.mark.parametrize("size", [.1, 1.0, 30.0])
+def test_correlations_within_do_not_depend_on_size(size):
+    z = normal(64, 6)
+    assert within_covariance_loss(size * z, 0.0).item() == pytest.approx(
+        covariance_loss(z / z.square().mean().sqrt()).item(), rel=1e-9)
+    repeated = z[:, :1].expand(-1, 6)
+    assert within_covariance_loss(size * repeated).item() == pytest.approx(5 * (64 / 63)**2, rel=.05)
+
+
+def test_a_small_spread_is_pulled_harder():
+    "A hinge on the spread itself pulls alike wherever it is; its logarithm pulls more the less there is."
+    pulls = []
+    for scale in (.01, .1):
+        z = (scale * normal(256, 1)).requires_grad_()
+        slope, = torch.autograd.grad(within_variance_loss(z, eps=0.0), z)
+        pulls.append((slope * z).sum().abs().item() / scale)
+    assert pulls[0] == pytest.approx(10 * pulls[1])

@@ -17,7 +17,10 @@ from worldmodels_nb.nn.losses import (
     inverse_loss,
     sigreg_loss,
     smoothness_loss,
+    time_centred,
     variance_loss,
+    within_covariance_loss,
+    within_variance_loss,
 )
 from worldmodels_nb.nn.regularizer import (
     TERMS,
@@ -29,7 +32,8 @@ from worldmodels_nb.nn.regularizer import (
 )
 from worldmodels_nb.settings import FURTHER_TERMS, Settings, SettingsError, make_settings
 
-NAMES = ("variance", "covariance", "invariance", "barlow", "dino", "sigreg", "smoothness", "inverse")
+NAMES = ("variance", "covariance", "invariance", "barlow", "dino", "sigreg", "smoothness",
+         "within_variance", "within_covariance", "inverse")
 ALL = dict.fromkeys(NAMES, 1.0)
 JOYSTICK = ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0])
 BUTTONS = ActionSpec("discrete", 4)
@@ -326,7 +330,9 @@ def test_module_computes_each_term_on_the_right_samples():
     expected = {
         "variance": variance_loss(every), "covariance": covariance_loss(every),
         "invariance": invariance_loss(a, b), "barlow": barlow_loss(a, b), "dino": dino_loss(a, b, center),
-        "sigreg": sigreg_loss(every), "smoothness": smoothness_loss(z),
+        "sigreg": sigreg_loss(every), "within_variance": within_variance_loss(sheets(time_centred(z))),
+        "within_covariance": within_covariance_loss(sheets(time_centred(z))),
+        "smoothness": smoothness_loss(z),
         "inverse": inverse_loss(read, actions),
     }
     assert list(terms) == list(expected)
@@ -335,7 +341,7 @@ def test_module_computes_each_term_on_the_right_samples():
 
 
 CHANGES = [
-    {"loss": {"std_target": 3.0}}, {"loss": {"eps": 0.5}},
+    {"loss": {"std_target": 3.0}}, {"loss": {"eps": 0.5}}, {"loss": {"within_target": 3.0}},
     {"loss.barlow": {"off_diagonal": 2.0}}, {"loss.barlow": {"eps": 0.5}},
     {"loss.dino": {"student_temperature": 2.0}}, {"loss.dino": {"teacher_temperature": 2.0}},
     {"loss.sigreg": {"directions": 5}}, {"loss.sigreg": {"points": 5}}, {"loss.sigreg": {"largest": 1.0}},
@@ -347,10 +353,14 @@ def test_every_setting_reaches_its_loss_and_no_other(changed):
     (section,), z, predicted = changed, normal(4, 3, 1, 5), normal(4, 2, 1, 5, seed=1)
     def terms(sections):
         torch.manual_seed(0)
-        return only(shape=(1, 5), sections=sections, **dict.fromkeys(NAMES[:6], 1.0))(z, None, predicted)
+        names = [*NAMES[:6], "within_variance"]
+        return only(shape=(1, 5), sections=sections, **dict.fromkeys(names, 1.0))(z, None, predicted)
     before, after = terms({}), terms(changed)
     different = [name for name in before if before[name] != after[name]]
-    assert different == ["variance" if section == "loss" else section.removeprefix("loss.")]
+    shared = dict(std_target=["variance"], within_target=["within_variance"],
+                  eps=["variance"])  # what spreads more than γ_w has no hinge
+    (key, _), = changed[section].items()
+    assert different == (shared[key] if section == "loss" else [section.removeprefix("loss.")])
 
 
 def test_one_view_looks_at_latents_alone():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from run_tools import ROOT, SMALL, TWO, Page, bytes_of, go, inside, refused
 
-from worldmodels_nb.runs.compare import compare, join_rows, setting_differences, strip_rows, write_comparison
+from worldmodels_nb.runs.compare import compare, write_comparison
+from worldmodels_nb.runs.facts import read_rows
 from worldmodels_nb.runs.folder import RunError
-from worldmodels_nb.runs.report import read_rows
+from worldmodels_nb.runs.joined import join_rows, setting_differences, strip_rows
+from worldmodels_nb.runs.seeds import difference_rows, mean_rows, seed_groups, student_interval
 from worldmodels_nb.settings import load_settings, save_settings
 from worldmodels_nb.viz import as_pixels
 
@@ -52,7 +54,7 @@ def test_settings_that_are_equal_are_left_out():
 
 def test_what_forbids_a_comparison_is_said_first(runs):
     one, both = compare(["first"], runs), compare(["first", "second"], runs)
-    assert one.notes == []
+    assert len(one.notes) == 1 and "one run with one seed" in one.notes[0]
     assert "single runs" in both.notes[0] and "n = 1" in both.notes[0]
 
 
@@ -72,7 +74,8 @@ def test_a_difference_is_one_to_the_first_run(runs):
     both = compare(["first", "second"], runs)
     own = {run: {(row["model"], row["head"], row["kind"], row["metric"], row["horizon"]): row
                  for row in read_rows(runs / run)} for run in both.folders}
-    lines = [line for line in join_rows(both.rows, "first") if line["metric"] == "r2 position"]
+    lines = [line for line in join_rows(both.rows, "first")
+             if line["metric"] == "r2 position" and line["label"].split()[-1].strip("()") in MODELS]
     assert len(lines) == 2 * len(MODELS)
     for line in lines:
         assert set(line["cells"]) == {"first", "second"} and line["cells"]["first"]["difference"] is None
@@ -101,12 +104,104 @@ def test_the_table_shows_differences_with_their_sign(runs):
     assert "…" in text and "n = " in text and "encdec: r2 position" in text
 
 
+def measured(run, model, metric, value, horizon=4, head="", kind="model"):
+    return dict(run=run, env="toy", seed=0, model=model, head=head, kind=kind, protocol="rollout",
+                metric=metric, unit="px", horizon=horizon, value=value, low=value - 1, high=value + 1, n=40)
+
+
+def kept(mean, seed, metric="position", horizon=4, windows=40):
+    "Errors of each window: hard ones are hard for all, whoever is asked."
+    hard = np.random.default_rng(0).gamma(1, 2, 40) + np.random.default_rng(seed).normal(0, .05, 40)
+    return {f"error_{metric}_{horizon}": (mean + hard)[:windows], f"window_{horizon}": np.arange(windows),
+            f"episode_{horizon}": np.arange(windows) // 2}
+
+
+def test_a_difference_on_the_same_windows_has_an_interval_of_its_own():
+    rows = [measured("a", "m", "position", 3.), measured("b", "m", "position", 3.2)]
+    line, = join_rows(rows, "a", {"m": {"a": kept(1., 1), "b": kept(1.2, 2, windows=30)}})
+    difference, low, high, n = line["cells"]["b"]["paired"]
+    assert 0 < low < difference < high < .3 and n == 30 and line["cells"]["a"]["paired"] is None
+
+
+@pytest.mark.parametrize("rows, errors", [
+    (dict(), {}), (dict(head="larp"), {"m": {"a": kept(1., 1), "b": kept(1., 2)}}),
+    (dict(kind="baseline"), {"m": {"a": kept(1., 1), "b": kept(1., 2)}}),
+    (dict(), {"m": {"a": kept(1., 1)}}), (dict(horizon=8), {"m": {"a": kept(1., 1), "b": kept(1., 2)}})])
+def test_without_shared_windows_there_is_a_difference_and_no_paired_one(rows, errors):
+    given = [measured(run, "m", "position", 3., **rows) for run in ("a", "b")]
+    assert join_rows(given, "a", errors)[0]["cells"]["b"]["paired"] is None
+
+
+def test_models_of_a_run_are_compared_on_its_windows(runs):
+    both = compare(["first", "same"], runs)
+    assert set(both.errors["encdec"]) == {"first", "same"}, "they share a dataset"
+    text = " ".join(Page(both.pairs()).text.split())
+    assert "encdec − vjepa2" in text and "position" in text
+    other = compare(["first", "second"], runs)
+    assert set(other.errors["encdec"]) == {"first"}, "windows of other data are others"
+
+
+# ---------------------------------------------------------------- seeds
+
+def test_runs_that_differ_in_their_seed_alone_are_a_group(runs):
+    assert compare(["first", "second"], runs).seeds == [["first", "second"]]
+    assert compare(["first", "same"], runs).seeds == [] == compare(["first"], runs).seeds
+    assert any("2 seeds" in note for note in compare(["first", "second"], runs).notes)
+
+
+def test_of_one_seed_twice_one_counts():
+    one, again, other = (load_settings(overrides={"run.seed": seed}) for seed in (0, 0, 1))
+    assert seed_groups({"a": one, "b": again}) == []
+    assert seed_groups({"a": one, "b": again, "c": other}) == [["a", "c"]]
+
+
+@pytest.mark.parametrize("values, factor", [
+    ((1., 2.), 12.706), ((1., 2., 3.), 4.303), ((1., 2.) * 40, 2.042)])
+def test_the_interval_between_seeds_is_students(values, factor):
+    mean, low, high = student_interval(values)
+    half = factor * np.std(values, ddof=1) / len(values)**.5
+    assert mean == np.mean(values) and high - mean == pytest.approx(half) == pytest.approx(mean - low)
+
+
+def test_one_seed_has_no_interval(): assert student_interval([3.]) == (3., None, None)
+
+
+def seeds_of(**values):
+    "A row for each model and seed."
+    return [measured(f"run {k}", model, "position_ratio", value)
+            for model, of in values.items() for k, value in enumerate(of)]
+
+
+def test_means_count_seeds_and_keep_what_a_row_is():
+    row, = mean_rows(seeds_of(m=(1., 2., 3.)), ["run 0", "run 1", "run 2"])
+    assert (row["value"], row["n"], row["model"], row["horizon"], row["unit"]) == (2., 3, "m", 4, "px")
+    assert mean_rows(seeds_of(m=(1., 2., 3.)), ["run 0", "run 2"])[0]["n"] == 2
+
+
+def test_models_are_subtracted_seed_by_seed():
+    "Seeds differ by far more than the models do, and yet the difference is sure."
+    rows, runs = seeds_of(a=(1., 5., 9.), b=(1.5, 5.6, 9.4)), ["run 0", "run 1", "run 2"]
+    row, = difference_rows(rows, runs, ["position_ratio"])
+    assert row["model"] == "a − b" and row["n"] == 3
+    assert row["value"] == pytest.approx(-.5) and row["high"] < 0
+    assert difference_rows(rows, runs, ["pixel_ratio"]) == []
+    assert difference_rows(rows[:3], runs, ["position_ratio"]) == []
+    fewer, = difference_rows(rows[:5], runs, ["position_ratio"])
+    assert fewer["n"] == 2
+
+
+def test_means_over_seeds_stand_on_the_page(runs):
+    text = " ".join(Page(compare(["first", "second"], runs)._repr_html_()).text.split())
+    assert "Over 2 seeds" in text and "seed by seed" in text and "encdec − vjepa2" in text
+    assert "Over" not in Page(compare(["first", "same"], runs)._repr_html_()).text.split()
+
+
 # ---------------------------------------------------------------- curves and films
 
 def test_curves_of_all_runs_stand_in_each_panel(runs):
     picture = compare(["first", "second"], runs).curves("vjepa2/action")
     assert {len(ax.lines) for ax in picture.axes} == {4}, "two runs, each on training and validation"
-    assert [text.get_text() for text in picture.axes[-1].get_legend().texts] == ["first", "second"]
+    assert [text.get_text() for text in picture.legends[0].texts] == ["first", "second"]
 
 
 def test_the_total_is_the_first_term(runs):
@@ -186,7 +281,7 @@ def test_an_unfinished_run_is_compared_by_what_there_is(runs):
     said = " ".join(both.notes)
     assert "trained is not finished" in said and "trained has no results yet for encdec" in said
     assert set(both.metrics["encdec"]) == {"first", "trained"} and set(both.windows["encdec"]) == {"first"}
-    legend = both.curves("encdec").axes[-1].get_legend()
+    legend = both.curves("encdec").legends[0]
     assert [text.get_text() for text in legend.texts] == ["first", "trained"]
 
 

@@ -6,7 +6,7 @@ import pytest
 from device_tools import ELSEWHERE, Device
 from run_tools import SMALL, TWO, begin, go, inside, results
 
-from worldmodels_nb.runs.evaluation import evaluate_model
+from worldmodels_nb.runs.evaluation import evaluate_model, pixel_part
 from worldmodels_nb.runs.heads import train_heads
 from worldmodels_nb.runs.training import ensure_data, train_models
 
@@ -28,7 +28,7 @@ def test_heads_and_evaluation_say_the_same_on_another_device(changes, tmp_path):
         warnings.filterwarnings("ignore", message="for .*copying from a non-meta parameter")
         for world in train_models(session, data).values():
             train_heads(session, data, world)
-            evaluate_model(session, data, world)
+            evaluate_model(session, data, world, pixel_part(session, data))
     there = results(session.folder.path)
     assert here.keys() == there.keys() == set(models)
     for model in models:

@@ -1,5 +1,6 @@
 "What is measured of a run: tidy rows, models beside baselines and references, horizons that can be reached."
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from run_tools import SMALL, Page, counted_fits, dataset_of, go, inside, refused, results, run_in, small
 
 from worldmodels_nb.eval.results import COLUMNS
-from worldmodels_nb.runs.report import IDENTITY, write_report
+from worldmodels_nb.runs.evaluation import untrained_part
+from worldmodels_nb.runs.facts import IDENTITY
+from worldmodels_nb.runs.report import write_report
 from worldmodels_nb.runs.training import ensure_data
 
 HORIZONS = {1, 2, 4, 8, 16}
@@ -44,12 +47,49 @@ def test_a_model_has_its_baselines_references_and_horizons(model, comparison):
     assert beside <= whose(comparison)
     own = [row for row in comparison if (row["model"], row["kind"], row["head"]) == (model, "model", "")]
     rolled = [row for row in own if row["protocol"] == "rollout"]
-    assert {row["metric"] for row in rolled} == {
-        f"{kind}{ratio}" for kind in ("latent", "position", "pixel") for ratio in ("", "_ratio")}
-    for metric in ("latent", "latent_ratio", "position", "pixel"):
+    metrics = {"latent"} | {f"{kind}{ratio}" for kind in ("position", "mlp_position", "pixel")
+                            for ratio in ("", "_ratio")}
+    assert {row["metric"] for row in rolled} == metrics
+    for metric in metrics:
         assert {int(row["horizon"]) for row in rolled if row["metric"] == metric} == HORIZONS
     assert {row["metric"] for row in own if row["protocol"] == "probe"} == {
         f"{kind}r2 {what}" for kind in ("", "mlp ") for what in ("agent x", "agent y", "position")}
+
+
+@pytest.mark.parametrize("metric", ["position", "mlp_position", "pixel"])
+def test_a_ratio_is_over_the_best_baseline_that_all_models_share(metric, comparison):
+    rolled = [row for row in comparison if row["protocol"] == "rollout"]
+    for ratio in [row for row in rolled if row["metric"] == f"{metric}_ratio"]:
+        here = [row for row in rolled if (row["metric"], row["horizon"]) == (metric, ratio["horizon"])]
+        free = [float(row["value"]) for row in here if row["kind"] == "baseline" and not row["model"]]
+        own, = [float(row["value"]) for row in here if (row["model"], row["head"]) == (ratio["model"], "")]
+        assert len(free) == 2 and float(ratio["value"]) == pytest.approx(own / min(free))
+
+
+def test_every_horizon_says_what_it_has_seen(smoke, comparison):
+    seen, s = [row for row in comparison if row["head"] == "data"], smoke.settings
+    data, h = ensure_data(smoke), s.evaluation.history
+    lengths = data.dataset.lengths[data.validation]
+    for row in [row for row in seen if (row["protocol"], row["metric"]) == ("rollout", "windows")]:
+        fit = np.maximum(lengths - (h - 1 + int(row["horizon"])) + 1, 0)
+        assert float(row["value"]) == pytest.approx(fit.sum() / lengths.sum())
+        assert int(row["n"]) == min(fit.sum(), s.evaluation.n_windows)
+    ended = [row for row in seen if (row["protocol"], row["metric"]) == ("rollout", "ended")]
+    assert {int(row["horizon"]) for row in ended} == HORIZONS
+    assert {float(row["value"]) for row in ended} == {0}, "Two Rooms never ends"
+
+
+def test_errors_are_kept_window_by_window_and_windows_are_the_same_for_all(smoke, comparison):
+    kept = {model: np.load(smoke.folder.part(model, "evaluation.npz")) for model in smoke.settings.run.models}
+    for row in comparison:
+        if (row["protocol"], row["kind"], row["head"]) != ("rollout", "model", ""): continue
+        if row["metric"].endswith("_ratio"): continue
+        errors = kept[row["model"]][f"error_{row['metric']}_{row['horizon']}"]
+        assert errors.dtype == np.float32 and len(errors) == int(row["n"])
+        assert errors.mean() == pytest.approx(float(row["value"]), rel=1e-4)
+    for name in [f"{what}_{h}" for what in ("window", "episode") for h in HORIZONS]:
+        first, *others = (arrays[name] for arrays in kept.values())
+        assert first.dtype == np.int64 and all(np.array_equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("model", ["encdec", "encdec_jepa", "jepa"])
@@ -64,8 +104,9 @@ def test_a_reward_head_has_its_errors_at_every_horizon(model, head, comparison):
 
 def test_what_all_models_share_stands_once_and_costs_nothing(comparison):
     shared = {(kind, "", head) for kind, head in (
-        ("baseline", "persistence"), ("baseline", "mean_reward"), ("baseline", "last_reward"),
-        ("reference", "oracle"), ("reference", "oracle_ahead"))}
+        ("baseline", "persistence"), ("baseline", "mean_position"), ("baseline", "mean_frame"),
+        ("baseline", "raw_pixels"), ("baseline", "mean_reward"), ("baseline", "last_reward"),
+        ("reference", "data"), ("reference", "oracle"), ("reference", "oracle_ahead"))}
     assert shared <= whose(comparison)
     assert {row["kind"] for row in comparison if not row["model"]} == {"baseline", "reference"}
     assert not [row for row in comparison if row["kind"] != "model" and row["protocol"] == "cost"]
@@ -85,14 +126,35 @@ def test_intervals_hold_their_values(comparison):
     assert {row["protocol"] for row in given} == set(MEASURED) and len(given) > 40
     outside = [row for row in given if not float(row["low"]) <= float(row["value"]) <= float(row["high"])]
     assert outside == []
-    measured = [row for row in comparison if row["protocol"] in MEASURED]
+    measured = [row for row in comparison if row["protocol"] in MEASURED and row["head"] != "data"]
     assert [row for row in measured if not (row["low"] and row["high"])] == []
+
+
+def untrained_rows(folder):
+    rows = results(folder)["jepa"]
+    return [row for row in rows if (row["head"], row["metric"]) == ("untrained", "r2 position")]
+
+
+def test_loaded_weights_are_compared_with_an_encoder_that_has_none(trained, tmp_path):
+    changes = {"jepa.load": str(trained.folder.path), "jepa.train_loaded": False}
+    own, loaded = (untrained_rows(run_in(tmp_path, more, run=run))
+                   for run, more in (("own", {}), ("loaded", changes)))
+    assert len(own) == 1 and own == loaded
+
+
+@pytest.mark.parametrize("released", [["theirs.pt", ""], ["", "theirs.pt"]])
+def test_released_weights_leave_no_untrained_encoder_and_a_note_says_so(released):
+    stages = [SimpleNamespace(released=source) for source in released]
+    rows, notes = untrained_part(None, None, SimpleNamespace(registered="vjepa2", stages=lambda: stages))
+    assert rows == []
+    assert notes == ["No untrained encoder of vjepa2 to compare with: it began as theirs.pt."]
 
 
 # ---------------------------------------------------------------- what can be evaluated
 
 @pytest.mark.parametrize("changes, words", [
     ({"evaluation.horizons": [8, 16]}, ["evaluation.horizons", "[8, 16]", "6 steps", "collect.steps"]),
+    ({"evaluation.history": 7}, ["evaluation.horizons", "[1, 2]", "evaluation.history = 7", "collect.steps"]),
     ({"evaluation.horizons": [0, 2]}, ["evaluation.horizons"]),
     ({"collect.episodes": 2}, ["collect.episodes"])])
 def test_what_cannot_be_evaluated_is_refused_before_it_is_trained(changes, words, tmp_path, monkeypatch):
@@ -107,8 +169,8 @@ def rolled_horizons(folder):
 
 def test_horizons_beyond_every_episode_are_left_out_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="evaluation.horizons"):
-        folder = run_in(tmp_path, {"evaluation.horizons": [1, 6, 7]})
-    assert rolled_horizons(folder) == {1, 6}
+        folder = run_in(tmp_path, {"evaluation.horizons": [1, 4, 5], "evaluation.history": 3})
+    assert rolled_horizons(folder) == {1, 4}
 
 
 class Lengths(gym.Env):
@@ -144,7 +206,8 @@ def test_a_horizon_that_only_one_validation_episode_reaches_is_left_out(lengths_
     "An interval over episodes needs two of them."
     order = np.random.default_rng(0).permutation(8)  # as `Dataset.split` draws them: validation comes first
     lengths = [6 if i == order[0] else 3 for i in range(8)]
-    changes = {"env.id": lengths_env, "env.kwargs": {"lengths": lengths}, "evaluation.horizons": [1, 5]}
+    changes = {"env.id": lengths_env, "env.kwargs": {"lengths": lengths}, "evaluation.horizons": [1, 5],
+               "evaluation.history": 2}
     with pytest.warns(UserWarning, match="evaluation.horizons"):
         session = go("mine", small(tmp_path, changes))
     data = ensure_data(session)

@@ -281,7 +281,7 @@ def check_tracked(session, rows):
     keys = {key for row in rows for key in row}
     assert {"jepa/train/prediction", "jepa/decoder/train/pixels", "jepa/reward_mlp/train/reward",
             "jepa/larp/train/reward", "oracles/oracle/train/reward"} <= keys
-    assert {"jepa/evaluation/rollout/latent_ratio/1", "jepa/evaluation/probe/r2 position"} <= keys
+    assert {"jepa/evaluation/rollout/position_ratio/1", "jepa/evaluation/probe/r2 position"} <= keys
     written = read_metrics(session.folder.part("jepa", "world") / "metrics.jsonl")
     steps = [row["jepa/step"] for row in rows if "jepa/train/total" in row]
     assert steps == [row["step"] for row in written]

@@ -9,9 +9,9 @@ from run_tools import SMALL, TWO, bytes_of, go, inside, refused, small
 from worldmodels_nb.data.datasets import dataset_name, sample_dataset, write_dataset
 from worldmodels_nb.models.base import build_model
 from worldmodels_nb.runs import reopen
+from worldmodels_nb.runs.facts import read_rows
 from worldmodels_nb.runs.folder import RunError, RunFolder
 from worldmodels_nb.runs.reopen import available_runs, find_run, open_run
-from worldmodels_nb.runs.report import read_rows
 from worldmodels_nb.runs.training import ensure_data, start_session, train_model
 from worldmodels_nb.settings import expand, load_settings, make_settings, save_settings
 

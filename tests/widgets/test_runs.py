@@ -49,7 +49,7 @@ def test_a_setting_is_unusual_where_most_have_another():
 def test_a_headline_is_the_longest_horizon_that_is_not_too_long():
     row = dict(kind="model", model="m", metric="pixel_ratio")
     rows = [row | dict(horizon=h, value=h / 10) for h in (1, 4, 16)]
-    assert headlines(rows) == ["m 0.4", "pixel ratio at 4"] and headlines([]) == []
+    assert headlines(rows) == ["m 0.400", "pixel ratio at 4"] and headlines([]) == []
     assert headlines([row | dict(horizon=4, value=None)]) == ["m –", "pixel ratio at 4"]
 
 

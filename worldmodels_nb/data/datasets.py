@@ -305,6 +305,7 @@ class Windows:
         count = _counts(dataset, episodes, steps, knob)                  # (E',) windows in each
         earlier = np.repeat(np.cumsum(count) - count, count)             # (windows,) in the episodes before
         self.dataset, self.steps, self.latents, self.frames = dataset, steps, latents, frames
+        self.episodes = episodes
         self.first = np.repeat(dataset.starts[episodes], count)          # (windows,) first row of the episode
         self.begin = self.first + np.arange(len(self.first)) - earlier   # (windows,) first own row
         self.offsets = np.arange(1 - frame_stack, steps + 1)             # (F+T,)

@@ -311,6 +311,13 @@ class ActionSpec:
         low, high = np.array(self.low), np.array(self.high)
         return np.clip(low + (unit + 1) / 2 * (high - low), low, high).astype(np.float32)
 
+    def unit_scale(self) -> tuple[np.ndarray, np.ndarray]:  # float32 (A,) each
+        "The middle of the bounds, and half their distance; without bounds 0 and 1."
+        low, high = (np.array(bound if bound is not None else [free] * self.n)
+                     for bound, free in ((self.low, -1.), (self.high, 1.)))
+        reach = high / 2 - low / 2
+        return (low / 2 + high / 2).astype(np.float32), np.where(reach > 0, reach, 1).astype(np.float32)
+
 # %% ../../nbs/0_data/02_tworooms.ipynb #232efaaa
 def action_spec(
     space: gym.Space,  # an environment's action space

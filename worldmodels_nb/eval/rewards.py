@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEAN_REWARD', 'LAST_REWARD', 'RewardWindows', 'reward_mlp_net', 'ConstantReward', 'reward_scale', 'RewardMLP',
-           'LookAheadRewardPredictor', 'path_ahead', 'predict_dataset', 'reward_errors', 'reward_rows',
-           'reward_horizons', 'reward_results']
+           'LookAheadRewardPredictor', 'predict_dataset', 'reward_errors', 'reward_rows', 'reward_horizons',
+           'reward_results']
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #226efe14
 import hashlib, math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from fastcore.basics import patch
@@ -21,11 +21,12 @@ from ..data.datasets import Batch, Dataset, Windows
 from ..data.envs import ActionSpec
 from ..data.episodes import cached_rows
 from ..data.progress import progress_bar
-from .heads import readout, spread
+from .axes import principal_axes, spread
+from .heads import readout
 from .latents import LatentsError, cache_name, device_of
-from .results import EvaluationError, Source, as_float64, bootstrap_interval
-from .results import bootstrap_ratio, independent_windows, result_row
-from .rollouts import RolloutErrors, check_horizons, rollout_batches
+from .results import EvaluationError, Source, as_float64, best_baseline
+from .results import bootstrap_interval, bootstrap_ratio, independent_windows, result_row
+from .rollouts import roll_ahead, rollout_batches
 from ..models.base import WorldModel
 from ..nn.layers import ActionEmbedding, mlp
 from ..settings import EvaluationSettings
@@ -34,7 +35,7 @@ from ..training.fit import LossTerms, Trainable
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #6df570f9
 class RewardWindows(Windows):
-    "Paths of P steps for reward heads: latents, and where the model says actions lead; no frames."
+    "Steps of paths of P steps, for reward heads: latents, and where the model says they lead; no frames."
     def __init__(self,
         dataset: Dataset,      # where actions and rewards are
         episodes: np.ndarray,  # indices of the episodes to take steps from
@@ -46,23 +47,29 @@ class RewardWindows(Windows):
         if paths is not None and (len(paths), *paths.shape[2:]) != (begins, *latents.shape[1:]):
             raise EvaluationError(f"paths {paths.shape} do not belong to latents {latents.shape}; "
                                   "predict this dataset anew")
-        steps = 1 if paths is None else paths.shape[1]
-        super().__init__(dataset, episodes, steps, latents=latents, frames=False)
-        self.paths = paths
-        self.place = self.begin if rows is None else np.searchsorted(rows, self.begin)  # each window's path
+        super().__init__(dataset, episodes, 1, latents=latents, frames=False)
+        P = 1 if paths is None else paths.shape[1]
+        place, first, begin = np.repeat(np.arange(P), len(self)), *np.tile((self.first, self.begin), P)
+        there = begin - place >= first                         # whose path begins within the episode
+        self.place, self.first, self.begin = place[there], first[there], begin[there]
+        path = self.begin - self.place if rows is None else np.searchsorted(rows, self.begin - self.place)
+        self.ahead = None if paths is None else paths.reshape(-1, *latents.shape[1:])  # (m·P, N, D)
+        self.at = P * path + self.place                        # where in `ahead` each step ends
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #5a139610
 @patch
 def batch(self: RewardWindows,
-    indices: np.ndarray,   # (B,) which paths, 0 ≤ i < len(self)
-) -> Batch:                # latents (B, P+1, N, D); no frames, no states
-    "These paths as tensors."
-    data, rows = self.dataset, self.begin[indices, None] + np.arange(self.steps)        # (B, P)
-    if self.paths is None: after = np.take(self.latents, rows + 1, axis=0)
-    else: after = np.take(self.paths, self.place[indices], axis=0)
-    path = np.concatenate([np.take(self.latents, rows[:, :1], axis=0), after], 1)       # (B, P+1, N, D)
-    parts = (np.take(array, rows, axis=0) for array in (data.actions, data.rewards, data.terminated))
-    return Batch(None, *map(torch.from_numpy, parts), latents=torch.from_numpy(path).float())
+    indices: np.ndarray,   # (B,) which steps, 0 ≤ i < len(self)
+) -> Batch:                # latents (B, 2, N, D); no frames, no states
+    "These steps as tensors."
+    data, rows, at = self.dataset, self.begin[indices], self.at[indices]                # (B,)
+    z = np.take(self.latents, rows, axis=0)                                             # (B, N, D)
+    if self.ahead is None: after = np.take(self.latents, rows + 1, axis=0)
+    else:
+        earlier, after = np.take(self.ahead, at - 1, axis=0), np.take(self.ahead, at, axis=0)
+        z = np.where(self.place[indices, None, None] > 0, earlier, z)
+    parts = (np.take(array, rows[:, None], axis=0) for array in (data.actions, data.rewards, data.terminated))
+    both = torch.from_numpy(np.stack([z, after], 1)).float()                            # (B, 2, N, D)
+    return Batch(None, *map(torch.from_numpy, parts), latents=both)
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #9cc5a55a
 def reward_mlp_net(
@@ -83,7 +90,6 @@ def reward_mlp_net(
 class ConstantReward(EvaluationError):
     "Every step earns the same: there is nothing to predict."
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #dab73bd1
 def reward_scale(
     windows: Windows,         # training windows; each of their steps counts once
 ) -> tuple[float, float]:     # μ_r and σ_r > 0, in units of reward
@@ -115,37 +121,37 @@ class RewardMLP(Trainable):
         activation: str = "relu",       # relu, gelu, silu or tanh
         batch_norm: bool = False,       # normalise hidden layers over the batch
         dropout: float = 0.2,           # share of hidden activations dropped in training
+        latent_width: int | None = 128, # W: numbers made of each latent; None: its coordinates as they are
     ):
         super().__init__()
-        width = self.latents_per_step * math.prod(latent_shape)                        # K
+        K, seen = math.prod(latent_shape), self.latents_per_step
+        W, self.as_they_are = latent_width or K, latent_width is None
         self.action = ActionEmbedding(action, action_dim) if use_action else None
-        widths = [width + action_dim * use_action, *hidden, 1]
+        widths = [seen * W + action_dim * use_action, *hidden, 1]
         self.read = reward_mlp_net(widths, activation, batch_norm, dropout)
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
+        self.register_buffer("mean", torch.zeros(seen, K))
+        self.register_buffer("axes", torch.zeros(seen, K, W))
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("unit", torch.ones(()))
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #157d1a36
+# %% ../../nbs/4_eval/45_rewards.ipynb #d437cb63
 @patch
 def inputs(self: RewardMLP,
     z: Tensor,  # (B, P+1, N, D)
-) -> Tensor:    # (B, P, K)
+) -> Tensor:    # (B, P, 1, K)
     "What is looked at of each step: the latent it starts from."
-    return readout(z[:, :-1])
+    return readout(z[:, :-1])[:, :, None]
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #d437cb63
 @patch
 def standard(self: RewardMLP,
     z: Tensor,        # (B, P+1, N, D)
     actions: Tensor,  # (B, P) or (B, P, A)
 ) -> Tensor:          # (B, P), in standard deviations from the mean reward
     "The network's answer."
-    x = (self.inputs(z) - self.mean) / self.std                                        # (B, P, K)
+    x = torch.einsum("bplk,lkw->bplw", self.inputs(z) - self.mean, self.axes).flatten(2)  # (B, P, L·W)
     if self.action is not None: x = torch.cat([x, self.action(actions)], dim=-1)
     return self.read(x.flatten(0, 1)).view(x.shape[:2])
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #b0575fed
 @patch
 def forward(self: RewardMLP,
     z: Tensor,        # a path (B, P+1, N, D), P ≥ 1
@@ -154,7 +160,6 @@ def forward(self: RewardMLP,
     "The reward of each step of a path."
     return self.centre + self.unit * self.standard(z, actions)
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #d9470012
 @patch
 def loss(self: RewardMLP,
     batch: Batch,     # latents (B, P+1, N, D), actions, rewards (B, P)
@@ -164,26 +169,32 @@ def loss(self: RewardMLP,
     if self.training and batch.rewards.numel() < 2 and normalises:
         raise EvaluationError("batch normalisation needs at least two steps in a batch; "
                               "raise the batch size, or set batch_norm to false")
-    target = (batch.rewards - self.centre) / self.unit
-    error = F.mse_loss(self.standard(batch.latents, batch.actions), target)
+    error = F.mse_loss(self.standard(batch.latents, batch.actions), (batch.rewards - self.centre) / self.unit)
     return LossTerms(error, dict(reward=error.detach()))
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #d0391821
+def _inverse(std: Tensor) -> Tensor: return 1 / torch.where(std > 0, std, math.inf)
+
+def _main_axes(x: Tensor, width: int) -> Tensor:  # float64 (n, K) -> (K, W), the largest first, then zeros
+    found = principal_axes(x)
+    share, axes = found.share[:width], found.basis[:, :width]
+    return F.pad(axes * (share * share[:1]) ** -.25, (0, width - len(share)))
+
 @patch
 def fit_normalization(self: RewardMLP,
-    windows: RewardWindows,  # training paths
-    at_most: int = 4096,     # paths whose latents are looked at, evenly taken
+    windows: RewardWindows,  # training steps
+    at_most: int = 4096,     # steps whose latents are looked at, evenly taken
 ) -> RewardMLP:              # itself
-    "Learn the scales of latents and rewards, once. Raises `ConstantReward`, `EvaluationError`."
+    "Learn what latents look like and the scale of rewards, once. Raises `ConstantReward`, `EvaluationError`."
     centre, unit = reward_scale(windows)
     some = np.linspace(0, len(windows) - 1, min(at_most, len(windows))).astype(int)
-    x = self.inputs(windows.batch(some).latents).flatten(0, 1)                         # (n, K)
+    x = self.inputs(windows.batch(some).latents).flatten(0, 1)                         # (n, L, K)
     if not x.isfinite().all():
         raise EvaluationError("latents or predictions are not finite (nan or inf); "
                               "the model has diverged, lower train.learning_rate")
-    std = spread(x)
-    self.mean.copy_(as_float64(x).mean(0).float())
-    self.std.copy_(torch.where(std > 0, std, math.inf).float())
+    for mean, axes, own in zip(self.mean, self.axes, as_float64(x).unbind(1)):         # (K,), (K, W), (n, K)
+        found = torch.diag(_inverse(spread(own))) if self.as_they_are else _main_axes(own, axes.shape[1])
+        for buffer, values in ((mean, own.mean(0)), (axes, found)): buffer.copy_(values.float())
     self.centre.fill_(centre)
     self.unit.fill_(unit)
     return self
@@ -195,36 +206,34 @@ class LookAheadRewardPredictor(RewardMLP):
 
     def inputs(self,
         z: Tensor,  # (B, P+1, N, D), all but the first as predicted
-    ) -> Tensor:    # (B, P, 2·N·D)
-        "The latent a step starts from, and the way to the one it leads to."
-        return torch.cat([readout(z[:, :-1]), readout(z[:, 1:] - z[:, :-1])], dim=-1)
-
-# %% ../../nbs/4_eval/45_rewards.ipynb #905b9681
-def path_ahead(
-    model: WorldModel,  # frozen
-    z: Tensor,          # where paths begin (B, N, D)
-    actions: Tensor,    # along them (B, P) or (B, P, A), P ≥ 1
-) -> Tensor:            # (B, P+1, N, D), the first as given
-    "A path of latents for reward heads: the present, and the model's rollout from it."
-    return torch.cat([z[:, None], model.rollout(z[:, None], actions[:, :0], actions)], dim=1)
+    ) -> Tensor:    # (B, P, 2, K)
+        "The latent a step starts from, and the way to the one it leads to; each has its own directions."
+        return torch.stack([readout(z[:, :-1]), readout(z[:, 1:] - z[:, :-1])], dim=2)
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #71dce674
+def _paths_from(model: WorldModel, dataset: Dataset, latents: np.ndarray, rows: np.ndarray, past: int,
+                steps: int) -> np.ndarray:  # (b, P, N, D), from rows that have `past` steps of history
+    def _taken(array, offsets):             # behind the last row: anything, it is not looked at
+        inside = (rows[:, None] + offsets).clip(max=len(latents) - 1)
+        return torch.from_numpy(np.take(array, inside, axis=0)).to(next(model.parameters()).device)
+    z, actions = _taken(latents, np.arange(-past, 1)), _taken(dataset.actions, np.arange(-past, steps))
+    return roll_ahead(model, z.float(), actions).cpu().numpy().astype(latents.dtype)
+
 def _path_batches(model: WorldModel, dataset: Dataset, latents: np.ndarray, rows: np.ndarray, steps: int,
                   batch: int, progress: str) -> Iterator[np.ndarray]:  # (b, P, N, D) each
-    device = next(model.parameters()).device
-    end = np.repeat(dataset.starts + dataset.lengths, dataset.lengths + 1)       # (n,) of each row's episode
+    first, end = (np.repeat(edge, dataset.lengths + 1)                 # (n,) of each row's episode
+                  for edge in (dataset.starts, dataset.starts + dataset.lengths))
     for begin in progress_bar(range(0, len(rows), batch), progress, "batch"):
         here = rows[begin:begin + batch]                                         # (b,)
-        ahead = here[:, None] + np.arange(steps)                                 # (b, P)
-        inside = ahead.clip(max=len(latents) - 1)
-        z = torch.from_numpy(np.take(latents, here, axis=0)).to(device)
-        action = torch.from_numpy(np.take(dataset.actions, inside, axis=0)).to(device)
-        path = path_ahead(model, z.float(), action)[:, 1:].cpu().numpy().astype(latents.dtype)
+        past = np.minimum(here - first[here], model.context_length - 1)          # (b,) steps of history
+        path = np.empty((len(here), steps, *latents.shape[1:]), latents.dtype)
+        for k in np.unique(past):
+            path[past == k] = _paths_from(model, dataset, latents, here[past == k], k, steps)
         if not np.isfinite(path).all():
             raise EvaluationError(f"rollouts from rows {here[0]} to {here[-1]} of dataset "
                                   f"{dataset.folder.name} are not finite in {latents.dtype}; "
                                   "the model has diverged, lower train.learning_rate")
-        path[ahead >= end[here, None]] = np.nan
+        path[here[:, None] + np.arange(steps) >= end[here, None]] = np.nan
         yield path
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #481f1938
@@ -243,95 +252,99 @@ def predict_dataset(
     rows = np.arange(len(latents)) if rows is None else rows
     shape, dtype = (len(rows), steps, *latents.shape[1:]), latents.dtype.name
     which = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:8]
-    name = cache_name(model, dataset, dtype, whole=True).replace("latents", f"paths{steps}-{which}", 1)
+    kind = f"paths{steps}-{model.context_length}-{which}"
+    name = cache_name(model, dataset, dtype, whole=True).replace("latents", kind, 1)
     def _parts():
         with evaluation_mode(model.to(device or device_of(model))):
             yield from _path_batches(model, dataset, latents, rows, steps, batch, progress)
     return cached_rows(Path(folder) / name, shape, dtype, _parts, LatentsError)
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #41f79f3a
+# %% ../../nbs/4_eval/45_rewards.ipynb #74d66460
 MEAN_REWARD = Source("baseline", "mean_reward", through_model=False)  # of the training steps
 LAST_REWARD = Source("baseline", "last_reward", through_model=False)  # what the step before the path earned
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #74d66460
 def _squared_errors(
-    model: WorldModel, heads: dict[str, RewardMLP], oracles: dict[str, RewardMLP], batch: Batch, T: int,
-) -> dict[Source, Tensor]:  # (B, T) each
-    actions, rewards = batch.actions[:, 1:T + 1], batch.rewards[:, 1:T + 1]            # (B, T[, A]), (B, T)
-    for head in (*heads.values(), *oracles.values()): head.to(rewards.device)
-    path = path_ahead(model, batch.latents[:, 1], actions)                             # (B, T+1, N, D)
-    answers = {Source("model", name): head(path, actions) for name, head in heads.items()}
+    model: WorldModel, heads: dict[str, RewardMLP], oracles: dict[str, RewardMLP], batch: Batch, horizon: int,
+) -> dict[Source, Tensor]:  # (B,) each
+    action, reward = batch.actions[:, -1:], batch.rewards[:, -1]                       # (B, 1[, A]), (B,)
+    for head in (*heads.values(), *oracles.values()): head.to(reward.device)
+    z = batch.latents[:, :-horizon]                                                    # (B, T0, N, D)
+    step = torch.cat([z[:, -1:], roll_ahead(model, z, batch.actions)], dim=1)[:, -2:]  # (B, 2, N, D)
+    answers = {Source("model", name): head(step, action)[:, 0] for name, head in heads.items()}
     for name, head in oracles.items():
-        answers[Source("reference", name, False)] = head(batch.states[:, 1:T + 2, None], actions)
-    answers[MEAN_REWARD] = next(iter(heads.values())).centre.expand_as(rewards)
-    answers[LAST_REWARD] = batch.rewards[:, :1].expand_as(rewards)
-    return {source: as_float64(answer - rewards).square() for source, answer in answers.items()}
+        answers[Source("reference", name, False)] = head(batch.states[:, -2:, None], action)[:, 0]
+    answers[MEAN_REWARD] = next(iter(heads.values())).centre.expand_as(reward)
+    answers[LAST_REWARD] = batch.rewards[:, -1 - horizon]
+    return {source: as_float64(answer - reward).square() for source, answer in answers.items()}
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #fa01a4d8
 @torch.no_grad()
 def reward_errors(
     model: WorldModel,              # frozen; only its `rollout` is used
     heads: dict[str, RewardMLP],    # on its latents, by name, at least one; in evaluation mode
-    batches: Iterable[Batch],       # windows of 1 + T steps with latents; the first gives the last reward
-    horizons: Sequence[int],        # k: which steps of the path, each 1 … T; evaluation.horizons
+    batches: Iterable[Batch],       # windows longer than the horizon, with latents
+    horizon: int,                   # k ≥ 1: the last k steps are the path; what stands before is history
     oracles: dict[str, RewardMLP] | None = None,  # by name; on states as latents (N = 1, D = S)
-) -> RolloutErrors:                 # metric "mse", (n, K), squared units of reward
-    "Squared errors of rewards along imagined paths, window by window. Raises `EvaluationError`."
-    steps, parts, device = np.array(horizons), [], device_of(model)
+) -> dict[Source, Tensor]:          # float64 (n,), squared units of reward
+    "Squared errors of the last step's reward, at the end of imagined paths. Raises `EvaluationError`."
+    parts, device = [], device_of(model)
     for batch in batches:
-        batch = batch.to(device)
-        check_horizons(horizons, batch.rewards.shape[1] - 1, "after a window's first")
-        errors = _squared_errors(model, heads, oracles or {}, batch, int(steps.max()))
-        parts.append({source: error[:, steps - 1] for source, error in errors.items()})
+        if not 1 <= horizon < batch.rewards.shape[1]:
+            raise EvaluationError(f"horizon {horizon} does not lie between 1 and the "
+                                  f"{batch.rewards.shape[1] - 1} steps after a window's first; "
+                                  "change evaluation.horizons or raise collect.steps")
+        parts.append(_squared_errors(model, heads, oracles or {}, batch.to(device), horizon))
     if not parts: raise EvaluationError("no window to predict rewards for; raise evaluation.n_windows")
-    mse = {source: torch.cat([part[source] for part in parts]) for source in parts[0]}
-    return RolloutErrors(list(horizons), dict(mse=mse))
+    return {source: torch.cat([part[source] for part in parts]) for source in parts[0]}
 
 # %% ../../nbs/4_eval/45_rewards.ipynb #707a2e2e
 def reward_rows(
-    errors: RolloutErrors,            # from `reward_errors`
+    errors: dict[Source, Tensor],     # from `reward_errors`
+    horizon: int,                     # at which
     model: str,                       # registered name of the world model
     seed: int = 0,                    # of the intervals' draws
     resamples: int = 1000,            # evaluation.bootstrap
     groups: np.ndarray | None = None, # (n,) episode labels of the windows
 ) -> list[dict[str, Any]]:            # unstamped
-    "`mse`, its `mse_ratio` to the mean reward's, and `mse_vs_mlp` of other heads. Raises `EvaluationError`."
-    rows, mse, how = [], errors.values["mse"], dict(seed=seed, resamples=resamples, groups=groups)
+    "`mse`, `mse_ratio` to the best baseline, and `mse_vs_mlp` of other heads. Raises `EvaluationError`."
+    rows, how = [], dict(seed=seed, resamples=resamples, groups=groups)
     def _add(source, metric, interval, unit=""):
-        for horizon, value, low, high in zip(errors.horizons, *interval):
-            rows.append(result_row("reward", metric, value, low, high, len(mse[source]), horizon,
-                                   model, source, unit))
-    plain = Source("model", "reward_mlp")
-    for source, error in mse.items():
+        rows.append(result_row("reward", metric, *interval, len(error), horizon, model, source, unit))
+    plain, best = Source("model", "reward_mlp"), best_baseline(errors) or MEAN_REWARD
+    for source, error in errors.items():
         _add(source, "mse", bootstrap_interval(error, **how), "reward²")
-        _add(source, "mse_ratio", bootstrap_ratio(error, mse[MEAN_REWARD], **how))
-        if plain in mse and source != plain and source.kind == "model":
-            _add(source, "mse_vs_mlp", bootstrap_ratio(error, mse[plain], **how))
+        _add(source, "mse_ratio", bootstrap_ratio(error, errors[best], **how))
+        if plain in errors and source != plain and source.kind == "model":
+            _add(source, "mse_vs_mlp", bootstrap_ratio(error, errors[plain], **how))
     return rows
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #47ef43c8
+# %% ../../nbs/4_eval/45_rewards.ipynb #e95a0130
 def reward_horizons(
     dataset: Dataset,         # where the lengths of episodes are
     episodes: np.ndarray,     # indices of the validation episodes, at least two
     horizons: Sequence[int],  # from `evaluation_horizons`
-) -> list[int]:               # those that fit behind a first step in two of the episodes; perhaps none
+    history: int = 1,         # evaluation.history
+) -> list[int]:               # those that fit behind history and a first step in two episodes; perhaps none
     "The horizons at which rewards can be scored; an interval needs two episodes."
-    longest = int(np.sort(dataset.lengths[episodes])[-2]) - 1
+    longest = int(np.sort(dataset.lengths[episodes])[-2]) - max(history - 1, 1)
     return [horizon for horizon in horizons if horizon <= longest]
 
-# %% ../../nbs/4_eval/45_rewards.ipynb #e95a0130
 def reward_results(
     world: WorldModel,               # frozen
     heads: dict[str, RewardMLP],     # on its latents, by name, at least one
     oracles: dict[str, RewardMLP],   # on states, by name; perhaps none. All are moved to the device
-    windows: Windows,                # of 1 + max(horizons) steps, validation episodes, cached latents
+    windows_of: Callable[[int], Windows],  # of a horizon: longer than it, validation episodes, cached latents
     horizons: Sequence[int],         # from `reward_horizons`, at least one
     model: str,                      # registered name of the world model
     s: EvaluationSettings,           # n_windows, bootstrap
     seed: int,                       # of the run: which windows, and the intervals' draws
     device: str | torch.device,      # where the model is
 ) -> list[dict[str, Any]]:           # unstamped
-    "Errors of a model's reward heads along imagined paths, as rows. Raises `EvaluationError`."
-    chosen, episode = independent_windows(windows, s.n_windows, seed)
-    errors = reward_errors(world, heads, rollout_batches(windows, chosen, device=device), horizons, oracles)
-    return reward_rows(errors, model, seed, s.bootstrap, groups=episode)
+    "Errors of a model's reward heads at the end of imagined paths, as rows. Raises `EvaluationError`."
+    rows = []
+    for horizon in horizons:
+        windows = windows_of(horizon)
+        chosen, episode = independent_windows(windows, s.n_windows, seed)
+        batches = rollout_batches(windows, chosen, device=device)
+        errors = reward_errors(world, heads, batches, horizon, oracles)
+        rows += reward_rows(errors, horizon, model, seed, s.bootstrap, groups=episode)
+    return rows

@@ -34,9 +34,26 @@ class WorldModel(Trainable):
     ):
         super().__init__()
         self.frame_stack, self.window = settings.model.frame_stack, settings.train.window_steps
-        self.spec = spec
+        self.spec, own = spec, settings.section(self.registered) if self.registered else None
+        self.unroll = min(getattr(own, "unroll", None) or self.window, self.window)  # U
+        self.unroll_from = getattr(own, "unroll_from", 0.0)
+        self.before_step(0, 1)
         self.register_buffer("mean_frame", torch.zeros(spec.frame_shape))   # (C, h, w), 0…1
         self.register_buffer("frame_scale", torch.ones(()))                 # standard deviation without it
+
+# %% ../../nbs/3_models/30_base.ipynb #bas011
+@patch
+def before_step(self: WorldModel,
+    step: int,   # steps made so far
+    steps: int,  # how many there will be
+) -> None:
+    "Decides how far predictions are fed back in this step."
+    self.ahead = self.unroll if step >= self.unroll_from * steps else 1
+
+@patch(as_prop=True)
+def steps_fed_back(self: WorldModel) -> int:
+    "U of the present step; outside of training the whole of it."
+    return self.ahead if self.training else self.unroll
 
 # %% ../../nbs/3_models/30_base.ipynb #ea95bd8c
 @patch(as_prop=True)
@@ -128,6 +145,13 @@ def stages(self: WorldModel) -> list[Stage]:  # in order
 def parts(self: WorldModel) -> dict[str, nn.Module]:  # by name
     "What the model is made of, for those who count parameters."
     return dict(self.named_children())
+
+@patch
+def compared_parts(self: WorldModel) -> dict[str, nn.Module]:  # by name, of `parts`
+    "What learns to see and to predict: the parts by whose size models are matched."
+    parts = self.parts()
+    both = {name: parts[name] for name in ("encoder", "predictor") if name in parts}
+    return both if len(both) == 2 else parts
 
 # %% ../../nbs/3_models/30_base.ipynb #b3b1fba3
 MODELS: dict[str, type[WorldModel]] = {}   # registered name → class

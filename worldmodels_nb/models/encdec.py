@@ -9,7 +9,7 @@ __all__ = ['EncoderDecoder']
 from collections.abc import Iterator
 from fastcore.basics import patch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data.datasets import Batch
 from ..data.episodes import DataSpec
@@ -49,6 +49,13 @@ def build_bridge(self: EncoderDecoder,
     return self.latent_shape[0] + 1
 
 @patch
+def compared_parts(self: EncoderDecoder) -> dict[str, nn.Module]:  # by name
+    "Where there is no predictor, the decoder predicts, with the embedded action."
+    parts = self.parts()
+    ahead = ["predictor"] if "predictor" in parts else ["action", "decoder"]
+    return {name: parts[name] for name in ("encoder", *ahead)}
+
+@patch
 def decoder_input(self: EncoderDecoder,
     z: Tensor,       # (B, N, D)
     action: Tensor,  # (B,) or (B, A)
@@ -65,21 +72,47 @@ def decode(self: EncoderDecoder,
     "The next stack of frames, decoded."
     return self.decoder(self.decoder_input(z, action))
 
+# %% ../../nbs/3_models/31_encdec.ipynb #edc010
+@patch
+def _unrolled(self: EncoderDecoder, z: Tensor, actions: Tensor, U: int) -> tuple[Tensor, Tensor]:
+    # conditionings (B·T, M, D), decoded stacks (B·T, F·C, h, w); z (B, S, N, D): truth at each U-th step
+    (B, T), stack, steps = actions.shape[:2], None, []
+    for j in range(min(U, T)):
+        acts = actions[:, j::U]                                         # (B, S'[, A]): the last may be over
+        S = acts.shape[1]
+        if j: z = self.embed(self.encoder, stack[:, :S])
+        conditioning = self.decoder_input(z[:, :S].flatten(0, 1), acts.flatten(0, 1))
+        decoded = self.decoder(conditioning).unflatten(0, (B, S))       # (B, S', F·C, h, w)
+        steps.append((conditioning.unflatten(0, (B, S)), decoded))
+        stack = decoded if stack is None else self.shifted(stack[:, :S], decoded)
+    if U == 1: return tuple(part.flatten(0, 1) for part in steps[0])
+    order = torch.cat([torch.arange(j, T, U) for j in range(U)]).argsort().to(z.device)
+    return tuple(torch.cat(parts, 1)[:, order].flatten(0, 1) for parts in zip(*steps))
+
+@patch
+def shifted(self: EncoderDecoder,
+    stack: Tensor,    # (…, F·C, h, w)
+    decoded: Tensor,  # (…, F·C, h, w): the stack after it, as decoded
+) -> Tensor:          # (…, F·C, h, w)
+    "A stack that has moved on by the newest decoded frame."
+    C = self.spec.frame_shape[0]
+    return torch.cat([stack[..., C:, :, :], decoded[..., -C:, :, :]], dim=-3)
+
 # %% ../../nbs/3_models/31_encdec.ipynb #3aa2ed72
 @patch
 def loss(self: EncoderDecoder,
     batch: Batch,  # windows
 ) -> LossTerms:
     "Squared error of the decoded next stacks, plus `loss.pixel` of the regularizer terms."
-    B, T = batch.actions.shape[:2]
     x = self.preprocess(batch.frames)                                             # (B, T+1, F·C, h, w)
-    z = self.embed(self.encoder, x if self.regularizer.weights else x[:, :-1])   # the last only if needed
-    present, actions = z[:, :T].flatten(0, 1), batch.actions.flatten(0, 1)       # (B·T, N, D), (B·T[, A])
-    conditioning = self.decoder_input(present, actions)                          # (B·T, M, D)
-    decoded = self.decoder(conditioning)                                         # (B·T, F·C, h, w)
+    U, T = self.steps_fed_back, batch.actions.shape[1]
+    z = self.embed(self.encoder, x if self.regularizer.weights else x[:, :T:U])   # only what is needed
+    present = z[:, :T:U] if self.regularizer.weights else z                       # (B, S, N, D)
+    conditioning, decoded = self._unrolled(present, batch.actions, U)             # (B·T, …) each
     predicted = None
     if self.regularizer.two_views:
-        predicted = self.predicted_latent(conditioning, decoded).unflatten(0, (B, T))   # (B, T, N, D)
+        expected = self.predicted_latent(conditioning, decoded)
+        predicted = expected.unflatten(0, batch.actions.shape[:2])                # (B, T, N, D)
     pixels = F.mse_loss(decoded, x[:, 1:].flatten(0, 1))
     terms = {"pixels": pixels, **self.regularizer(z, batch.actions, predicted)}
     return weighted(terms, self.regularizer.weights)
@@ -101,7 +134,7 @@ def _imagine_steps(self: EncoderDecoder, z: Tensor, actions: Tensor) -> Iterator
     for action in actions.unbind(1):
         decoded = self.decode(z, action)                                                     # (B, F·C, h, w)
         newest = decoded[:, -channels:]                                                      # (B, C, h, w)
-        stack = decoded if stack is None else torch.cat([stack[:, channels:], newest], dim=1)
+        stack = decoded if stack is None else self.shifted(stack, decoded)
         z = self.encoder(stack)                                                              # (B, N, D)
         yield z, (newest * self.frame_scale + self.mean_frame).clamp(0, 1)
 

@@ -62,6 +62,12 @@ def rollout(self: JEPA,
     "The predictor, unrolled."
     return self.predictor(z[:, -1], actions)
 
+@patch
+def _unrolled(self: JEPA, present: Tensor, actions: Tensor) -> Tensor:  # (B, T, N, D), (B, T[, A])
+    T, U = actions.shape[1], self.steps_fed_back
+    parts = [self.predictor(present[:, t], actions[:, t:t + U]) for t in range(0, T, U)]
+    return torch.cat(parts, dim=1)                          # (B, T, N, D)
+
 # %% ../../nbs/3_models/33_jepa.ipynb #34236637
 @patch
 def loss(self: JEPA,
@@ -70,8 +76,8 @@ def loss(self: JEPA,
     "Squared error of unrolled predictions, plus the weighted regularizer terms on the online latents."
     x = self.preprocess(batch.frames)                       # (B, T+1, F·C, h, w)
     z = self.embed(self.encoder, x)                         # (B, T+1, N, D)
-    present, future = self._sides(x, z)                     # (B, N, D), (B, T, N, D)
-    predicted = self.predictor(present, batch.actions)      # (B, T, N, D)
+    present, future = self._sides(x, z)                     # (B, T, N, D) each
+    predicted = self._unrolled(present, batch.actions)      # (B, T, N, D)
     error = F.mse_loss(predicted, future)
     terms = {"prediction": error, **self.regularizer(z, batch.actions, predicted)}
     return weighted(terms, self.weights)
@@ -79,13 +85,13 @@ def loss(self: JEPA,
 # %% ../../nbs/3_models/33_jepa.ipynb #4b265a67
 @patch
 def _sides(self: JEPA, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    "Where the prediction starts (B, N, D), and what it is compared with (B, T, N, D)."
+    "Where predictions may start, and what they are compared with: (B, T, N, D) each."
     if self.target is None:
         future = z[:, 1:]
-        return z[:, 0], future.detach() if self.settings.stop_gradient else future
+        return z[:, :-1], future.detach() if self.settings.stop_gradient else future
     with torch.no_grad(): slow = self.embed(self.target.eval(), x)         # (B, T+1, N, D)
     present = slow if self.inference_encoder is self.target else z
-    return present[:, 0], slow[:, 1:]
+    return present[:, :-1], slow[:, 1:]
 
 @patch
 def after_step(self: JEPA,

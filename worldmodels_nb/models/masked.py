@@ -208,8 +208,9 @@ class MaskedPredictionModel(Trainable):
         super().__init__()
         s, channels = settings.vjepa2.pretrain, spec.frame_shape[0]
         self.settings, simple = s, s.predictor == "mlp"
+        self.frames, tubelet = s.clip(settings.model.frame_stack)          # T, t
         self.encoder = MaskedViT(
-            channels, s.tubelet_size, s.patch_size, s.dim, s.depth, s.heads, s.mlp_ratio, mask_token=simple)
+            channels, tubelet, s.patch_size, s.dim, s.depth, s.heads, s.mlp_ratio, mask_token=simple)
         self.predictor = TokenPredictor(s.dim, s.predictor_dim) if simple else MaskedPredictor(
             s.dim, s.predictor_dim, s.predictor_depth, s.predictor_heads, len(s.blocks), s.mlp_ratio)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -220,8 +221,8 @@ class MaskedPredictionModel(Trainable):
 # %% ../../nbs/3_models/34_masked.ipynb #6a83ca12
 @patch
 def grid(self: MaskedPredictionModel) -> Grid:
-    "How a clip of `vjepa2.pretrain.frames` frames is cut: T', H', W'. Raises `SettingsError`."
-    return self.target.patch_embed.grid(self.settings.frames, *self.mean_frame.shape[1:])
+    "How a clip is cut: T', H', W'. Raises `SettingsError`."
+    return self.target.patch_embed.grid(self.frames, *self.mean_frame.shape[1:])
 
 # %% ../../nbs/3_models/34_masked.ipynb #1bb0c2f8
 @patch
@@ -282,10 +283,10 @@ def constant_error(
 # %% ../../nbs/3_models/34_masked.ipynb #12f13827
 @patch
 def loss(self: MaskedPredictionModel,
-    batch: Batch,  # windows of vjepa2.pretrain.frames frames; of longer ones the last frames are used
+    batch: Batch,  # windows of T frames; of longer ones the last T are used
 ) -> LossTerms:
     "Mean absolute error at hidden positions, averaged over the masks (V-JEPA 2, eq. 1)."
-    clip = self.preprocess(batch.frames[:, -self.settings.frames:])            # (B, C, T, h, w)
+    clip = self.preprocess(batch.frames[:, -self.frames:])                     # (B, C, T, h, w)
     rows, grid = self.target.patch_embed.patchify(clip)                        # (B, N, C·t·p·p)
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
     y, errors, asked = self.target_tokens(rows, grid), [], []                  # y (B, N, D)

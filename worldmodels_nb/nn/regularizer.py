@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data.envs import ActionSpec
-from .layers import autocast, mlp
+from .layers import UnitActions, autocast, mlp
 from .losses import covariance_loss, gather_batch, inverse_loss, sigreg_loss
-from .losses import smoothness_loss, variance_loss
+from .losses import smoothness_loss, time_centred, variance_loss
+from .losses import within_covariance_loss, within_variance_loss
 from .predictors import InverseDynamics
 from ..settings import FURTHER_TERMS, LossSettings, Settings, SettingsError, nearest
 
@@ -61,7 +62,7 @@ def dino_loss(
     return -(goal * log_p).sum(dim=-1).mean()
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #aux033
-INPUTS = ("latents", "two_views", "time")  # what a term may look at
+INPUTS = ("latents", "two_views", "time", "within")  # what a term may look at
 
 @dataclass(frozen=True)
 class LossTerm:
@@ -75,7 +76,7 @@ class LossTerm:
     @property
     def projected(self) -> bool:
         "Whether the projector stands before it."
-        return self.inputs != "time"
+        return self.inputs in ("latents", "two_views")
 
 TERMS: dict[str, LossTerm] = {}  # all that are declared, in this order
 
@@ -94,7 +95,7 @@ def _refuse_name(name: str, make: Callable) -> None:
 # %% ../../nbs/1_nn/17_regularizer.ipynb #reg005
 def loss_term(
     name: str,                     # of the term, and of its weight in `[loss]`
-    inputs: str,                   # latents, two_views or time
+    inputs: str,                   # one of `INPUTS`
     statistic: bool = False,       # refuse a batch of one window in training
     one_view: bool = True,         # False: refuse `loss.views` = "one"
     reaches_encoder: bool = True,  # False: with two views, its gradient stops at the latents
@@ -159,6 +160,12 @@ def _sigreg(x, s): return sigreg_loss(x, s.sigreg.directions, s.sigreg.points, s
 @loss_term("smoothness", inputs="time")
 def _smoothness(z, actions, s): return smoothness_loss(_full_precision(z))
 
+@loss_term("within_variance", inputs="within", statistic=True)
+def _within_variance(x, s): return within_variance_loss(x, s.within_target, s.eps)
+
+@loss_term("within_covariance", inputs="within", statistic=True)
+def _within_covariance(x, s): return within_covariance_loss(x, s.eps)
+
 # %% ../../nbs/1_nn/17_regularizer.ipynb #reg013
 @loss_term("inverse", inputs="time")
 class InverseTerm(nn.Module):
@@ -169,13 +176,13 @@ class InverseTerm(nn.Module):
         s: LossSettings,         # not used
     ):
         super().__init__()
-        self.network = InverseDynamics(shape[0] * shape[1], action)
+        self.network, self.unit = InverseDynamics(shape[0] * shape[1], action), UnitActions(action)
 
     def forward(self,
         z: Tensor,        # (B, T+1, N, D)
         actions: Tensor,  # (B, T) or (B, T, A)
-    ) -> Tensor:          # scalar
-        return inverse_loss(self.network(z), actions)
+    ) -> Tensor:          # scalar, the same whatever units actions have
+        return inverse_loss(self.network(z), self.unit(actions))
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #reg015
 _TAKEN |= LossSettings.model_fields.keys() - TERMS.keys()
@@ -250,13 +257,16 @@ def _samples(x: Tensor) -> Tensor:
 
 @patch
 def _views(self: Regularizer, z: Tensor, predicted: Tensor | None) -> dict[str, tuple[Tensor, ...]]:
-    if not self._projects: return {}
+    if any(term.inputs == "within" for term in self.declared.values()):
+        own = {"within": (_samples(time_centred(_full_precision(gather_batch(z)))),)}  # (N, B·(T+1), D)
+    else: own = {}
+    if not self._projects: return own
     x = gather_batch(self.projector(z))                                  # (B, T+1, N, K)
     samples = _samples(x)                                                # (N, B·(T+1), K)
-    if not self.two_views: return {"latents": (samples,), "two_views": (samples, samples)}
+    if not self.two_views: return own | {"latents": (samples,), "two_views": (samples, samples)}
     predicted = gather_batch(self.projector(predicted))                  # (B, T, N, K)
     a, b = _samples(predicted), _samples(x[:, 1:])                       # (N, B·T, K) each
-    return {"latents": (samples,), "two_views": (a, b)}
+    return own | {"latents": (samples,), "two_views": (a, b)}
 
 # %% ../../nbs/1_nn/17_regularizer.ipynb #reg025
 @patch
@@ -280,10 +290,10 @@ def forward(self: Regularizer,
     views, terms = self._views(z, predicted), {}
     with autocast(z.device, False):
         for name, term in self.declared.items():
-            if not term.projected: continue
+            if term.inputs == "time": continue
             try: terms[name] = self.terms[name](*views[term.inputs])
             except ValueError:  # a term that one sample says nothing of
                 if self.training or views[term.inputs][0].shape[-2] > 1: raise
     for name, term in self.declared.items():
-        if not term.projected: terms[name] = self.terms[name](z, actions)
+        if term.inputs == "time": terms[name] = self.terms[name](z, actions)
     return terms

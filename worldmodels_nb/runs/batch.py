@@ -13,13 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 from fastcore.basics import patch
-import numpy as np
 from ..data.datasets import dataset_name
-from ..eval.results import bootstrap_interval, label
 from .engines import Engine, Handle, make_engine
+from .facts import IDENTITY, read_rows
 from .folder import read_status, write_status
 from .grid import Cell, RunGrid, alike_stages, describe, read_grid
-from .report import IDENTITY, TEMPLATES, WHAT, read_rows
+from .joined import join_rows
+from .report import REPORT_STYLE
+from .seeds import HEADLINES, difference_rows, student_interval
+from .tables import TEMPLATES, question
 from .rows import BatchFolder, batch_html, batch_row, notebook_error
 from .worker import FULL, HELD, LATE, Task
 from ..settings import Settings, expand, shipped, write_whole, writing
@@ -235,7 +237,7 @@ def _column(values: dict[str, Any]) -> str:
 def seed_means(
     found: list[tuple[dict[str, Any], list[dict[str, Any]]]],  # by run: its axis → value, and its results
 ) -> list[dict[str, Any]]:  # results without run and seed; `column` says of which cells, `n` counts seeds
-    "One result for all seeds: its mean, and where there are several its bootstrap interval."
+    "One result for all seeds: its mean, and where there are several Student's interval."
     groups: dict[tuple, dict[int, dict[str, Any]]] = {}
     for values, rows in found:
         for row in rows:
@@ -244,39 +246,34 @@ def seed_means(
     return [_mean(column, list(by_seed.values())) for (column, *_), by_seed in groups.items()]
 
 def _mean(column: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    mean, low, high = rows[0]["value"], None, None
-    if len(rows) > 1:
-        mean, low, high = map(float, bootstrap_interval(np.array([row["value"] for row in rows])))
+    mean, low, high = student_interval([row["value"] for row in rows])
     return rows[0] | dict(column=column, value=mean, low=low, high=high, n=len(rows))
 
 # %% ../../nbs/5_runs/58_batch.ipynb #8cb772c2
 def _lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:  # a line for each figure, cells by column
-    lines: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        line = lines.setdefault(tuple(row[name] for name in IDENTITY), row | dict(label=label(row), cells={}))
-        line["cells"][row["column"]] = row
-    def _order(line): return line["protocol"], line["kind"] != "model", line["metric"], line["horizon"]
-    return sorted(lines.values(), key=_order)
+    return join_rows([row | dict(run=row["column"]) for row in rows], "")
 
 BATCH_PAGE = TEMPLATES.from_string("""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>{{ name }}</title><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd} caption{text-align:left}
-th:first-child{text-align:left} .baseline,.reference{color:#666;font-style:italic}</style>
+{{ style | safe }} body{max-width:72rem} caption{text-align:left} table{margin:1rem 0}</style>
 <h1>{{ name }}</h1><p>{{ words }}</p>{% for note in notes %}<p>{{ note }}</p>{% endfor %}
 {{ runs | safe }}
-{% for protocol, lines in tables.items() %}
-<h2>{{ protocol | capitalize }}</h2><p>{{ what.get(protocol, "") }}</p>
-<table><tr><th></th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for protocol, lines in tables.items() %}<h2>{{ protocol }}</h2><p>{{ what.get(protocol, "") }}</p>
+<div class="wide"><table><tr><th></th>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for line in lines %}<tr class="{{ line.kind }}"><th>{{ line.label }}: {{ line.metric | replace("_", " ") }}
 {% if line.horizon %}<small>at {{ line.horizon }}</small>{% endif %} <small>{{ line.unit }}</small></th>
 {% for column in columns %}{% set cell = line.cells.get(column) %}<td>{% if cell %}{{ cell.value | short }}
 <br><small>{% if cell.low is not none %}{{ cell.low | short }} … {{ cell.high | short }}, {% endif %}
 {{ cell.n }} seed{{ "s" if cell.n > 1 }}</small>{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</table>{% endfor %}</html>""")
-MEANS = ("Means over seeds, with the 95 % bootstrap interval of the mean where there are two seeds at least. "
-         "Of few seeds an interval is too narrow: five are a beginning.")
+{% endfor %}</table></div>{% endfor %}</html>""")
+MEANS = ("Means over seeds, with Student's 95 % interval between seeds where there are two seeds at least. "
+         "Differences between models are taken seed by seed: what is hard about a seed is hard for all.")
+
+def _differences(found: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    by_column: dict[str, list[dict[str, Any]]] = {}
+    for values, rows in found: by_column.setdefault(_column(values), []).extend(rows)
+    return [row | dict(column=column) for column, rows in by_column.items()
+            for row in difference_rows(rows, list(dict.fromkeys(row["run"] for row in rows)), HEADLINES)]
 
 # %% ../../nbs/5_runs/58_batch.ipynb #a8557cb5
 def report_batch(
@@ -291,10 +288,12 @@ def report_batch(
         if row["status"] != "finished": continue
         try: found.append((row["values"], read_rows(place.folder(row["run"]))))
         except ValueError as error: notes.append(f"{row['run']} is left out: {error}")
-    lines, tables = _lines(seed_means(found)), {}
-    for line in lines: tables.setdefault(line["protocol"], []).append(line)
+    lines, apart = _lines(seed_means(found)), _lines(_differences(found))
+    tables = {"Models against each other": apart} if apart else {}
+    for line in lines: tables.setdefault(question(line["protocol"]).title, []).append(line)
+    what = {asked.title: asked.words for asked in map(question, {line["protocol"] for line in lines})}
     columns = list(dict.fromkeys(column for line in lines for column in line["cells"]))
     page = BATCH_PAGE.render(name=grid.name, words=MEANS, notes=notes, runs=batch_html(rows, place.own),
-                             tables=tables, columns=columns, what=WHAT)
+                             tables=tables, columns=columns, what=what, style=REPORT_STYLE)
     with writing(place.own): place.own.mkdir(parents=True, exist_ok=True)
     return write_whole(place.own / "report.html", page)

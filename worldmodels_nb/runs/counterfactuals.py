@@ -18,7 +18,7 @@ from ..data.tworooms import ActionSpec, EnvError
 from ..eval.heads import Probe, StateDecoder
 from ..eval.latents import device_of
 from ..eval.results import MODEL
-from ..eval.rollouts import STILL, TRUTH, pixel_errors, position_errors
+from ..eval.rollouts import STILL, TRUTH, pixel_errors, position_errors, roll_ahead
 from ..models.base import WorldModel
 from .reopen import OpenRun
 from ..settings import shorten
@@ -94,13 +94,13 @@ def step_errors(
 ) -> dict[str, dict[str, np.ndarray]]:  # metric → "model", "persistence": (H,) each
     "Errors of one rollout at each of its steps."
     rolled, found = {TRUTH: z[:, 1:], MODEL: ahead}, {}
-    steps = range(1, z.shape[1])
     if probe is not None and states is not None and len(position):
-        same = len(position) < states.shape[-1]
-        off = position_errors(rolled, states, steps, probe, position, same)
-        found["position" if same else "position_std"] = dict(model=off[MODEL][0], persistence=off[STILL][0])
+        mixed = len(position) == states.shape[-1]
+        std = torch.where(probe.unit > 0, probe.unit, torch.inf) if mixed else None
+        off = position_errors(rolled, states, probe, position, std)
+        found["position_std" if mixed else "position"] = dict(model=off[MODEL][0], persistence=off[STILL][0])
     if decoder is not None:
-        off = pixel_errors(rolled, frames, steps, decoder)
+        off = pixel_errors(rolled, frames, decoder)
         found["pixel"] = dict(model=off[MODEL][0], persistence=off[STILL][0])
     found["latent"] = _latent_errors(z, ahead)
     return {metric: {name: e.cpu().double().numpy() for name, e in pair.items()}
@@ -122,15 +122,14 @@ def roll_out(
     rows = np.maximum(np.arange(first + 1 - F, end + 1), 0)                # (F-1 + T0 + H,)
     def _batch(array): return torch.from_numpy(np.array(array))[None].to(where)
     frames, actions = _batch(episode.frames[rows]), _batch(episode.actions[first:end])
-    done, todo = actions[:, :past - 1], actions[:, past - 1:]              # (1, T0-1[, A]), (1, H[, A])
     z = world.encode(frames)                                               # (1, T0+H, N, D)
-    ahead, z = world.rollout(z[:, :past], done, todo), z[:, past - 1:]     # (1, H, N, D), (1, H+1, N, D)
+    ahead, z = roll_ahead(world, z[:, :past], actions), z[:, past - 1:]    # (1, H, N, D), (1, H+1, N, D)
     predicted, shown = torch.cat([z[:, :1], ahead], 1), {}                 # (1, H+1, N, D)
     if decoder is not None:
         decoder = decoder.to(z.device)
         shown = {"reconstruction": _bytes(decoder(z)), "rollout": _bytes(decoder(predicted))}
     if world.decodes:
-        own = _bytes(world.imagine(frames[:, :F - 1 + past], todo))
+        own = _bytes(world.imagine(frames[:, :F - 1 + past], actions[:, past - 1:]))
         shown["own decoder"] = np.concatenate([episode.frames[start:start + 1], own])
     states = None if episode.states is None else _batch(episode.states[start:end + 1]).float()
     errors = step_errors(z, ahead, frames[:, -horizon - 1:], states, decoder, probe, world.spec.position)

@@ -18,7 +18,7 @@ from ..data.progress import progress_bar
 from ..eval.rollouts import evaluation_horizons
 from ..models.base import Stage, WorldModel, build_model, check_model
 from .claim import release_run
-from .evaluation import evaluate_model
+from .evaluation import evaluate_model, pixel_part
 from .folder import STAGES, STATUS_SCHEMA, check_names, read_status, write_status
 from .heads import train_heads
 from .training import RunData, Session, Watch, ensure_data, load_stage, split_data
@@ -92,10 +92,11 @@ def _check_gathering(settings: Settings, spec: DataSpec, worlds: dict[str, World
     if settings.collect.policy == "ppo" and settings.collect.ppo.load:
         load_agent(settings, spec.action, spec.frame_shape)
     if "evaluate" not in settings.run.stages: return
-    horizons, steps = settings.evaluation.horizons, settings.collect.steps
-    if min(horizons) <= steps: return
-    raise SettingsError(f"setting 'evaluation.horizons' = {horizons} begins beyond the {steps} steps that "
-                        "collect.steps allows an episode; lower it or raise collect.steps")
+    s, steps = settings.evaluation, settings.collect.steps
+    if min(s.horizons) + s.history - 1 <= steps: return
+    raise SettingsError(f"setting 'evaluation.horizons' = {s.horizons} behind evaluation.history = "
+                        f"{s.history} begins beyond the {steps} steps that collect.steps allows an episode; "
+                        "lower one of the two or raise collect.steps")
 
 # %% ../../nbs/5_runs/55_experiment.ipynb #24996096
 def check_data(
@@ -105,8 +106,9 @@ def check_data(
 ) -> None:
     "Refuse what cannot be cut from these episodes. Raises `NoWindows`, `EvaluationError`."
     for stage in _to_train(settings, worlds): stage_windows(data, stage)
+    s = settings.evaluation
     if "evaluate" in settings.run.stages:
-        evaluation_horizons(data.dataset, data.validation, settings.evaluation.horizons)
+        evaluation_horizons(data.dataset, data.validation, s.horizons, s.history)
 
 def check_experiment(
     settings: Settings,  # resolved
@@ -133,7 +135,8 @@ def _work(session: Session, stage: str) -> None:
     if stage == "heads":
         for world in trained: train_heads(session, data, world)
     if stage == "evaluate":
-        for world in progress_bar(trained, shown, "model"): evaluate_model(session, data, world)
+        shared = pixel_part(session, data)
+        for world in progress_bar(trained, shown, "model"): evaluate_model(session, data, world, shared)
 
 def _note_failure(session: Session, stage: str, error: BaseException) -> None:
     "What went wrong goes into status.json; that it cannot be written, too, does not hide it."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARD_HEADS', 'NO_HEADS', 'ORACLES', 'train_head', 'world_paths', 'decoder_latents', 'train_decoder', 'blank_head',
-           'train_reward_head', 'train_reward_heads', 'train_oracles', 'train_heads']
+           'train_reward_head', 'train_reward_heads', 'train_oracle', 'train_oracles', 'train_heads']
 
 # %% ../../nbs/5_runs/53_heads.ipynb #hd004
 import warnings
@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 import numpy as np
 import torch
-from ..data.datasets import NoWindows, Windows
+from ..data.datasets import Windows
 from ..data.envs import ActionSpec
 from ..eval.heads import StateDecoder
 from ..eval.rewards import ConstantReward, LookAheadRewardPredictor, RewardMLP, RewardWindows
@@ -93,7 +93,7 @@ REWARD_HEADS = dict(  # name: its class, whose settings, whether it sees the act
     reward_mlp=(RewardMLP, "reward_mlp", True),
     reward_mlp_no_action=(RewardMLP, "reward_mlp", False),
     larp=(LookAheadRewardPredictor, "larp", True))
-NO_HEADS = (ConstantReward, NoWindows)  # what a dataset can lack: rewards that differ, a step behind a step
+NO_HEADS = (ConstantReward,)  # what a dataset can lack: rewards that differ
 ORACLES = dict(oracle="reward_mlp", oracle_ahead="larp")  # heads on the true state, by the head they are like
 
 def blank_head(
@@ -101,34 +101,32 @@ def blank_head(
     settings: Settings,  # of the run
     latent_shape: tuple[int, int],  # (N, D), or (1, S) of states
     action: ActionSpec,  # what actions look like
+    as_they_are: bool = False,      # whether it looks at coordinates, not at main directions
 ) -> RewardMLP:          # untrained, from the generator as it is
     "A reward head as its settings shape it."
     kind, section, use_action = REWARD_HEADS[name]
     own = settings.reward_head(section)
     return kind(latent_shape, action, use_action, own.action_dim, own.hidden, own.activation,
-                own.batch_norm, own.dropout)
+                own.batch_norm, own.dropout, None if as_they_are else own.latent_width)
 
 # %% ../../nbs/5_runs/53_heads.ipynb #hd017
 def train_reward_head(
     session: Session,      # of the run
     data: RunData,         # of the run
     name: str,             # of REWARD_HEADS
-    folder: Path,          # where it goes
-    latents: np.ndarray,   # (n, N, D), or states (n, 1, S)
-    world: WorldModel | None,  # whose predictions it learns from; None: from what really followed
+    latents: np.ndarray,   # (n, N, D)
+    world: WorldModel,     # whose predictions it learns from
 ) -> RewardMLP:            # trained and frozen
-    "One reward head. Raises one of `NO_HEADS`."
+    "One reward head of a model. Raises one of `NO_HEADS`."
     s, section = session.settings, REWARD_HEADS[name][1]
     few = [data.episodes(validation)[:s.reward_head(section).episodes] for validation in (False, True)]
-    rows = None if world is None else data.dataset.frame_indices(np.concatenate(few))
-    paths = None if world is None else world_paths(session, data, world, latents, rows=rows)
-    try: windows = [RewardWindows(data.dataset, episodes, latents, paths, rows) for episodes in few]
-    except NoWindows:
-        raise NoWindows("a path of a reward head has two steps, and no episode is as long; "
-                        "raise collect.steps") from None
+    rows = data.dataset.frame_indices(np.concatenate(few))
+    paths = world_paths(session, data, world, latents, rows=rows)
+    windows = [RewardWindows(data.dataset, episodes, latents, paths, rows) for episodes in few]
     seed_everything(s.run.seed)
-    head = blank_head(name, s, latents.shape[1:], data.dataset.spec.action)
-    return train_head(session, head.fit_normalization(windows[0]), windows, f"train.{section}", folder)
+    head = blank_head(name, s, latents.shape[1:], data.dataset.spec.action).fit_normalization(windows[0])
+    folder = session.folder.part(world.registered, name)
+    return train_head(session, head, windows, f"train.{section}", folder)
 
 # %% ../../nbs/5_runs/53_heads.ipynb #87f5b7af
 def train_reward_heads(
@@ -138,27 +136,33 @@ def train_reward_heads(
     latents: np.ndarray,  # (n, N, D)
 ) -> dict[str, RewardMLP]:  # by name; empty if none is asked for
     "A model's reward heads, trained or read. Raises one of `NO_HEADS`."
-    heads = {}
-    for name, (_, section, _) in REWARD_HEADS.items():
-        if not getattr(session.settings.train, section).enabled: continue
-        folder = session.folder.part(world.registered, name)
-        heads[name] = train_reward_head(session, data, name, folder, latents, world)
-    return heads
+    wanted = [name for name, (_, section, _) in REWARD_HEADS.items()
+              if getattr(session.settings.train, section).enabled]
+    return {name: train_reward_head(session, data, name, latents, world) for name in wanted}
 
 # %% ../../nbs/5_runs/53_heads.ipynb #hd018
+def train_oracle(
+    session: Session,  # of the run
+    data: RunData,     # of the run
+    name: str,         # of ORACLES
+) -> RewardMLP:        # trained and frozen
+    "One reward head on the true state, which learns from what really followed. Raises one of `NO_HEADS`."
+    s, dataset = session.settings, data.dataset
+    states = np.asarray(dataset.states, np.float32)[:, None]  # (n, 1, S)
+    windows = [RewardWindows(dataset, data.episodes(validation), states) for validation in (False, True)]
+    seed_everything(s.run.seed)
+    head = blank_head(ORACLES[name], s, states.shape[1:], dataset.spec.action, as_they_are=True)
+    folder = session.folder.path / "oracles" / name
+    return train_head(session, head.fit_normalization(windows[0]), windows, "train.oracle", folder)
+
 def train_oracles(
     session: Session,  # of the run
     data: RunData,     # of the run
 ) -> dict[str, RewardMLP]:  # by name; empty without a physical state
     "Reward heads on the true state: what there is to be had. Raises one of `NO_HEADS`."
     if data.dataset.states is None: return {}
-    states = np.asarray(data.dataset.states, np.float32)[:, None]  # (n, 1, S)
-    oracles = {}
-    for name, like in ORACLES.items():
-        if not getattr(session.settings.train, like).enabled: continue
-        folder = session.folder.path / "oracles" / name
-        oracles[name] = train_reward_head(session, data, like, folder, states, None)
-    return oracles
+    wanted = [name for name, like in ORACLES.items() if getattr(session.settings.train, like).enabled]
+    return {name: train_oracle(session, data, name) for name in wanted}
 
 # %% ../../nbs/5_runs/53_heads.ipynb #hd011
 def train_heads(

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from ..data.progress import onlooker
 from .folder import RunError, RunFolder, read_settings, read_status
-from .report import TEMPLATES
+from .tables import TEMPLATES
 from ..settings import one_line, shorten
 from ..training.parts import read_result
 

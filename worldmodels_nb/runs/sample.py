@@ -9,11 +9,10 @@ __all__ = ['KEPT', 'copy_kept', 'make_sample_run', 'open_sample', 'held_out_rows
 import os, shutil
 from pathlib import Path
 from typing import Any
-import torch
 from ..data.datasets import SAMPLE
 from ..data.files import disk_errors, partial_folder
-from ..eval.results import independent_windows
-from ..eval.rollouts import rollout_batches, rollout_errors, rollout_rows
+from ..eval.latents import device_of
+from ..eval.rollouts import Readers, rollout_results
 from .claim import find_difference
 from .experiment import run_experiment
 from .folder import RunError, RunFolder
@@ -65,17 +64,16 @@ def open_sample(
     return opened
 
 # %% ../../nbs/5_runs/57_sample.ipynb #db190d02
-@torch.no_grad()
 def held_out_rows(
     opened: OpenRun,                # with data
     horizons: range = range(1, 9),  # steps ahead
 ) -> list[dict[str, Any]]:  # unstamped rows, as from `rollout_rows`
     "Open-loop errors of every model of a run on all windows of its held-out episodes."
-    rows, spec = [], opened.data.dataset.spec
-    windows = opened.data.windows(max(horizons), validation=True)
-    chosen, episode = independent_windows(windows, len(windows))
+    rows, data = [], opened.data
+    s = opened.settings.evaluation.model_copy(update=dict(n_windows=65536))
+    def _windows_of(h): return data.windows(s.history - 1 + h, validation=True)
     for name, world in opened.models.items():
-        batches = rollout_batches(windows, chosen)
-        errors = rollout_errors(world, batches, horizons, opened.probes.get(name), None, spec.position)
-        rows += rollout_rows(errors, name, groups=episode)
+        probes = {"": opened.probes[name]} if name in opened.probes else {}
+        readers = Readers(probes, position=data.dataset.spec.position)
+        rows += rollout_results(world, _windows_of, horizons, readers, name, s, 0, device_of(world))[0]
     return rows

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import torch
 from ..data.datasets import Batch, Dataset, Windows, make_dataset
+from ..eval.costs import timed_encoding
 from ..eval.latents import encode_dataset
 from ..models.base import Stage, WorldModel, fresh_model
 from .claim import begun_stages, claim_run, is_finished, release_run, shaping_differences
@@ -232,7 +233,9 @@ def train_stage(
     if stage.released or (source and not own.train_loaded):
         record_loaded(stage.part, stage.released or source, folder)
         return
-    latents = world_latents(session, data, world) if stage.cached else None
+    latents = None
+    if stage.cached:
+        with timed_encoding(folder): latents = world_latents(session, data, world)
     windows = stage_windows(data, stage, latents)
     prefix = model if stage.part is world else f"{model}/{stage.name}"
     picture = picture_of(world, data, s.train.window_steps, session.device)

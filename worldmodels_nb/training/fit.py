@@ -46,10 +46,10 @@ class Trainable(nn.Module):
         "The loss of one batch, with its terms."
         raise NotImplementedError
 
-    def after_step(self,
-        step: int,      # the step just made, from 1
-        steps: int,     # how many there will be
-    ) -> None:
+    def before_step(self, step: int, steps: int) -> None:  # steps made so far, and how many there will be
+        "Called before each batch; does nothing unless a model learns otherwise later than at first."
+
+    def after_step(self, step: int, steps: int) -> None:  # the step just made, from 1, and how many …
         "Called after each optimiser step; does nothing unless a model needs it."
 
 # %% ../../nbs/2_training/20_fit.ipynb #cb44e236
@@ -92,10 +92,9 @@ def make_optimizer(
         if p.requires_grad: groups[name in spared].append(p)
     if not any(groups.values()):
         raise TrainingError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
-    decayed = {"params": groups[False], "weight_decay": settings.weight_decay}
-    undecayed = {"params": groups[True], "weight_decay": 0.0}
     fused = next(model.parameters()).device.type != "meta"  # a device without numbers has no kernels
-    return torch.optim.AdamW([decayed, undecayed], lr=settings.learning_rate, fused=fused)
+    parts = [{"params": groups[s], "weight_decay": 0.0 if s else settings.weight_decay} for s in (0, 1)]
+    return torch.optim.AdamW(parts, lr=settings.learning_rate, fused=fused)
 
 # %% ../../nbs/2_training/20_fit.ipynb #155b0bbe
 @dataclass
@@ -139,11 +138,10 @@ class Callback:
 
 # %% ../../nbs/2_training/20_fit.ipynb #c80d2adb
 def fit_steps(
-    model: Trainable,                 # anything with loss(batch) and after_step(step, steps)
+    model: Trainable,                 # anything with loss(batch), before_step and after_step
     sample: Callable[[int], Batch],   # the batch of a step; a pure function of it
     settings: TrainingSettings,       # the recipe; epochs already turned into steps
-    callbacks: Sequence[Callback] = (),  # side effects, in this order
-    device: str | torch.device = "cpu",  # where to compute
+    callbacks: Sequence[Callback] = (), device: str | torch.device = "cpu",  # side effects; where to compute
 ) -> Iterator[Run]:                   # the run: before the first step, and after each; the model in place
     "The one plain loop, a step at a time. Raises `TrainingError` if nothing can be trained."
     run = Run(model.to(device).train(), make_optimizer(model, settings), settings, sample, model.loss)
@@ -153,6 +151,7 @@ def fit_steps(
         run.log, run.learning_rate = {}, learning_rate(run.step, settings.steps, settings)
         for group in run.optimizer.param_groups: group["lr"] = run.learning_rate
         run.optimizer.zero_grad()
+        model.before_step(run.step, settings.steps)
         with autocast(device, settings.bf16): run.losses = run.loss(sample(run.step).to(device))
         run.losses.total.backward()
         run.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)

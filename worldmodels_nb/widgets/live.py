@@ -53,6 +53,13 @@ class Switched(Trainable):
         left_out = sum(part for name, part in losses.parts.items() if name in self.off)
         return replace(losses, total=losses.total - left_out)
 
+    def before_step(self,
+        step: int,      # steps made so far
+        steps: int,     # how many there will be
+    ) -> None:
+        "As the model does."
+        self.model.before_step(step, steps)
+
     def after_step(self,
         step: int,      # the step just made
         steps: int,     # how many there will be

@@ -295,20 +295,21 @@ def use(self: MaskRunExplorer,
     self.model = masked_stage(opened)
     self.settings = s = self.model.settings if self.model else opened.settings.vjepa2.pretrain
     patch = opened.settings.env.size // s.patch_size
-    self.grid = self.model.grid() if self.model else (s.frames // s.tubelet_size, patch, patch)
+    self.frames, tubelet = s.clip(opened.settings.model.frame_stack)
+    self.grid = self.model.grid() if self.model else (self.frames // tubelet, patch, patch)
     generator, names = self.controls["generator"], [BY_HAND, *mask_generators(s)]
     generator.options, generator.value, self.controls["flipped"].value = names, names[-1], ""
     if opened.data is None: return
     lengths = opened.data.dataset.lengths[opened.data.validation]
     self.controls["episode"].max = len(lengths) - 1
-    self.controls["start"].max = max(int(lengths.max()) + 1 - s.frames, 0)
+    self.controls["start"].max = max(int(lengths.max()) + 1 - self.frames, 0)
 
 @patch
 def scene(self: MaskRunExplorer,
     state: dict[str, Any],  # episode, start
 ) -> Tensor:                # uint8 (T, C, h, w)
     "A clip of a held-out episode, the last one at most. Raises `ValueError` where there are no episodes."
-    data, T = self.opened.data, self.settings.frames
+    data, T = self.opened.data, self.frames
     if data is None: raise ValueError(next((note for note in self.opened.notes if "data" in note), "no data"))
     frames = data.dataset.episode(int(data.validation[state["episode"]])).frames
     first = min(state["start"], max(len(frames) - T, 0))

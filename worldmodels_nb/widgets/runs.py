@@ -13,10 +13,12 @@ from typing import Any
 from fastcore.basics import patch
 import ipywidgets
 import numpy as np
-from ..runs.compare import Comparison, compare, setting_differences, term_names
+from ..runs.compare import Comparison, compare
+from ..runs.figures import term_names
+from ..runs.joined import setting_differences
 from ..runs.folder import RunError, RunFolder, read_evaluation, read_models, read_settings
 from ..runs.reopen import available_runs
-from ..runs.report import TEMPLATES, short_number
+from ..runs.tables import TEMPLATES, short_number
 from ..settings import one_line, repo_root
 from ..viz import Picture
 from .base import View, figure_pixels
@@ -170,17 +172,20 @@ ABOUT = TEMPLATES.from_string("""{% for note in about.notes %}<p>{{ note }}</p>{
 {% endfor %}</table></details>{% endif %}""")
 
 # %% ../../nbs/6_widgets/68_runs.ipynb #c6ae3c32
-_LETTER, _BELOW, _ABOVE = .085, .5, .25  # inches: a letter's width, and around a panel
+_LETTER, _BELOW, _ABOVE = .085, .75, .25  # inches: a letter's width, and around a row of panels
 
-def _panels(figure: Picture, before: int, after: int) -> np.ndarray:  # as pixels; letters beside a panel
+def _panels(figure: Picture, before: int) -> np.ndarray:  # as pixels; letters left of a panel
     figure.set_layout_engine("none")
-    (width, height), left, right = figure.get_size_inches(), .25 + _LETTER * before, _LETTER * after
-    figure.set_size_inches(width := width + right, height)
-    pitch = (width - right) / len(figure.axes)
-    for k, ax in enumerate(figure.axes):
-        ax.set_title(ax.get_title(), y=1)
-        ax.set_position([(k * pitch + left) / width, _BELOW / height,
-                         (pitch - left) / width, 1 - (_BELOW + _ABOVE) / height])
+    (width, height), left = figure.get_size_inches(), .25 + _LETTER * before
+    rows = sorted({ax.get_subplotspec().rowspan.start for ax in figure.axes})
+    columns = max(ax.get_subplotspec().colspan.stop for ax in figure.axes)
+    pitch, each = width / columns, (height - _BELOW + .5) / len(rows)
+    for ax in figure.axes:
+        at = ax.get_subplotspec()
+        top = height - rows.index(at.rowspan.start) * each - _ABOVE
+        ax.set_title(ax.get_title(), y=1, fontsize=9)
+        ax.set_position([(at.colspan.start * pitch + left) / width, (top - each + .5 + _ABOVE) / height,
+                         (pitch - left - .1) / width, (each - .5 - _ABOVE) / height])
     return figure_pixels(figure)
 
 # %% ../../nbs/6_widgets/68_runs.ipynb #5ac51f0e
@@ -197,11 +202,12 @@ def render(self: RunTable,
 def _render(self: RunTable, state: dict[str, Any]) -> np.ndarray:
     both, part = self.compared(state["runs"]), state["part"]
     if state["show"] == "curves" and part in both.metrics and state["terms"]:
-        return _panels(both.curves(part, state["terms"].split(", ")), 6, 10 + max(map(len, both.folders)))
+        return _panels(both.curves(part, state["terms"].split(", ")), 6)
     model = (part or "").partition("/")[0]
     if state["show"] == "film" and model in both.windows:
         film = both.film(model, state["window"])
-        return _panels(film, max(len(label.get_text()) for label in film.axes[0].get_yticklabels()), 0)
+        words = [label.get_text() for label in film.axes[0].get_yticklabels()]
+        return _panels(film, max(len(line) for word in words for line in word.split("\n")))
     raise RunError(f"none of {', '.join(state['runs'])} has a {state['show']} of {model or 'any model'} yet; "
                    "select another run, or another model")
 
