@@ -9,6 +9,7 @@ from worldmodels_nb.nn.layers import (
     ActionEmbedding,
     Attention,
     Block,
+    UnitActions,
     autocast,
     frames_to_float,
     mlp,
@@ -152,3 +153,36 @@ def test_autocast_is_off_wherever_there_is_one(kind):
 def test_autocast_is_on_where_it_is_asked_for_and_can_be(kind, half):
     with autocast(kind, half):
         assert torch.is_autocast_enabled("cpu") == (half and kind == "cpu")
+
+
+BOUNDS = [([-1.0, -1.0], [1.0, 1.0]), ([-100.0, 0.0], [100.0, 4.0]), ([-.01, 3.0], [.05, 3.5]),
+          ([0.0, -3e38], [1.0, 3e38])]
+
+
+@pytest.mark.parametrize("low, high", BOUNDS, ids=str)
+def test_actions_have_their_bounds_at_one(low, high):
+    unit = UnitActions(ActionSpec("continuous", 2, low, high))
+    ends = torch.tensor([low, high])
+    torch.testing.assert_close(unit(ends), torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+    assert unit((ends[0] / 2 + ends[1] / 2)[None]).abs().max() < 1e-5
+    assert unit.state_dict() == {}
+
+
+@pytest.mark.parametrize("low, high", BOUNDS[:3], ids=str)
+def test_units_of_actions_change_no_embedding(low, high):
+    torch.manual_seed(0)
+    plain = ActionEmbedding(ActionSpec("continuous", 2, [-1.0, -1.0], [1.0, 1.0]), 8)
+    other = ActionEmbedding(ActionSpec("continuous", 2, low, high), 8)
+    other.load_state_dict(plain.state_dict())
+    actions = torch.rand(64, 2) * 2 - 1
+    low, high = torch.tensor(low), torch.tensor(high)
+    theirs = low + (actions + 1) / 2 * (high - low)
+    torch.testing.assert_close(other(theirs), plain(actions), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [ActionSpec("discrete", 4), ActionSpec("continuous", 1),
+                                  ActionSpec("continuous", 1, [2.0], [2.0])], ids=str)
+def test_actions_without_bounds_or_order_stay_finite(spec):
+    actions = torch.tensor([0, 3]) if spec.kind == "discrete" else torch.tensor([[.5], [2.0]])
+    unit = UnitActions(spec)(actions)
+    assert torch.equal(unit, actions) if spec.low is None else unit.isfinite().all()

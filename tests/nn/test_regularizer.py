@@ -24,6 +24,7 @@ from worldmodels_nb.nn.losses import (
 )
 from worldmodels_nb.nn.regularizer import (
     TERMS,
+    InverseTerm,
     Regularizer,
     barlow_loss,
     dino_loss,
@@ -603,3 +604,16 @@ def test_collapsed_latents_have_finite_slopes():
     z = torch.full((16, 3, 1, 8), 0.3, requires_grad=True)
     sum(module(z, torch.zeros(16, 2, 2), z[:, 1:]).values()).backward()
     assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("low, high", [
+    ([-100.0] * 2, [100.0] * 2), ([0.0, -5.0], [.02, 1.0]), ([3.0] * 2, [4.0] * 2)])
+def test_the_inverse_term_has_no_units(low, high):
+    "The same motions in other units cost the same."
+    terms, z, unit = [], normal(4, 3, 1, 4).float(), torch.rand(4, 2, 2, generator=seeded(0)) * 2 - 1
+    for bounds in (([-1.0] * 2, [1.0] * 2), (low, high)):
+        spec = ActionSpec("continuous", 2, *bounds)
+        torch.manual_seed(0)
+        module, (least, most) = InverseTerm((1, 4), spec, Settings().loss), torch.tensor(bounds)
+        terms.append(module(z, least + (unit + 1) / 2 * (most - least)).item())
+    assert terms[0] == pytest.approx(terms[1], rel=1e-3)
