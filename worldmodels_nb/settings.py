@@ -539,7 +539,9 @@ class ActionSettings(ModelRecipe):
     depth: int = knob(2, "blocks", "blocks", ge=1, le=64)
     heads: int = knob(
         8, "attention heads; must divide vjepa2.action.dim and leave each a width of 6", "heads", ge=1, le=64)
-    mlp_ratio: float = knob(4.0, "width of each block's MLP, in widths of the transformer", gt=0, le=16)
+    mlp_ratio: float = knob(
+        3.0, "width of each block's MLP, in widths of the transformer; with 3 as many weights as JEPA",
+        gt=0, le=16)
 
     @model_validator(mode="after")
     def _fit_together(self):
