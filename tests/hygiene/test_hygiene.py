@@ -175,7 +175,7 @@ def test_the_settings_file_holds_what_is_known_at_its_default_and_every_preset_l
         assert set(values) <= set(section_keys(known[section])), name
         assert None not in values.values() or "/" in name, f"null in [{name}] says nothing"
     assert load_settings(ROOT / "settings.ini") == Settings()
-    presets = ["atari", "demo", "sample", "seed", "smoke", "study"]
+    presets = ["atari", "demo", "sample", "seed", "smoke", "study", "walls"]
     assert sorted(read_presets(ROOT / "settings.ini")) == presets
     for preset in read_presets(ROOT / "settings.ini"): load_settings(ROOT / "settings.ini", preset)
 

@@ -244,7 +244,7 @@ ASKED = {
     "a model": ("[base.fresh_model('encdec', Settings(), data.spec, frames).registered, base.known_stages()]",
                 "['encdec', ('pretrain', 'action')]"),
     "the stages": ("base.known_stages(), [*base.MODELS]",
-                   "('pretrain', 'action') ['encdec', 'encdec_jepa', 'jepa', 'vjepa2']"),
+                   "('pretrain', 'action') ['encdec', 'encdec_jepa', 'jepa', 'vjepa2', 'vjepa2_untrained']"),
     "what there is": ("refusal(lambda: base.model_class('jeepa')).partition('; ')[2], base.build_model("
                       "'jepa', Settings(), data.spec).registered, base.model_class('vjepa2').color",
                       "there are encdec, encdec_jepa, jepa, vjepa2; the nearest known one is 'jepa' "

@@ -416,8 +416,8 @@ def test_a_term_and_a_model_of_ones_own_go_from_settings_to_the_report(own_run):
     assert {row["protocol"] for row in rows} == {"probe", "rollout", "reward", "collapse", "cost"}
     assert {row["kind"] for row in rows} == {"model", "baseline", "reference"}
     page = Page((own_run / "report.html").read_text(encoding="utf-8"))
-    for word in ("toy for 6 steps", "toy larp", "persistence (toy)", "sphere = 0.5"): assert word in page.text
-    assert "training_toy_world" in {attributes.get("alt") for _, attributes in page.tags}
+    for word in ("toy for 6 steps", "LARP", "persistence", "sphere = 0.5"): assert word in page.text
+    assert "training toy world" in {attributes.get("alt") for _, attributes in page.tags}
 
 
 def test_a_term_of_ones_own_has_the_weight_it_was_declared_with(tmp_path):

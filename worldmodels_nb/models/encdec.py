@@ -77,7 +77,8 @@ def decode(self: EncoderDecoder,
 def _unrolled(self: EncoderDecoder, z: Tensor, actions: Tensor, U: int) -> tuple[Tensor, Tensor]:
     # conditionings (B·T, M, D), decoded stacks (B·T, F·C, h, w); z (B, S, N, D): truth at each U-th step
     (B, T), stack, steps = actions.shape[:2], None, []
-    for j in range(min(U, T)):
+    U = min(U, T)
+    for j in range(U):
         acts = actions[:, j::U]                                         # (B, S'[, A]): the last may be over
         S = acts.shape[1]
         if j: z = self.embed(self.encoder, stack[:, :S])

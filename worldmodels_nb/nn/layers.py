@@ -54,7 +54,7 @@ class UnitActions(nn.Module):
         self.discrete = action.kind == "discrete"
         if self.discrete: return
         for name, values in zip(("middle", "reach"), action.unit_scale()):
-            self.register_buffer(name, torch.from_numpy(values), persistent=False)  # (A,) each
+            self.register_buffer(name, torch.tensor(values), persistent=False)  # (A,) each
 
     def forward(self,
         actions: Tensor,  # (…,) int64 or (…, A) float32, in the environment's units
