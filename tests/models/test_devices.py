@@ -79,7 +79,8 @@ def every_call(model, batch):
         past, ahead = batch.actions[:, :1], batch.actions[:, 1:]
         found["rolled"] = model.rollout(found["z"][:, :2], past, ahead)
         if model.decodes: found["imagined"] = model.imagine(batch.frames[:, :stack], batch.actions)
-        if hasattr(model, "masked"): found["errors"] = model.masked.error_map(batch.frames[:, :model.masked.frames])
+        if hasattr(model, "masked"):
+            found["errors"] = model.masked.error_map(batch.frames[:, :model.masked.frames])
     return found
 
 
