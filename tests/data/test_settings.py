@@ -36,7 +36,7 @@ from worldmodels_nb.settings import (
 )
 
 FILE = repo_root() / "settings.ini"
-PRESETS = ["smoke", "demo", "study", "atari", "seed", "sample"]
+PRESETS = ["smoke", "demo", "study", "walls", "atari", "seed", "sample"]
 
 
 # --- round trips and layers
