@@ -247,8 +247,8 @@ ASKED = {
                    "('pretrain', 'action') ['encdec', 'encdec_jepa', 'jepa', 'vjepa2', 'vjepa2_untrained']"),
     "what there is": ("refusal(lambda: base.model_class('jeepa')).partition('; ')[2], base.build_model("
                       "'jepa', Settings(), data.spec).registered, base.model_class('vjepa2').color",
-                      "there are encdec, encdec_jepa, jepa, vjepa2; the nearest known one is 'jepa' "
-                      "jepa #7B1E5B"),
+                      "there are encdec, encdec_jepa, jepa, vjepa2, vjepa2_untrained; "
+                      "the nearest known one is 'jepa' jepa #7B1E5B"),
 }
 
 

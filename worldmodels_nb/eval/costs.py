@@ -7,7 +7,7 @@ __all__ = ['count_parts', 'matched', 'frames_a_step', 'timed_encoding', 'stage_r
            'rollout_costs', 'cost_results']
 
 # %% ../../nbs/4_eval/46_costs.ipynb #1180095d
-import math, time, warnings
+import math, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ..data.datasets import Batch
 from .results import result_row
-from ..models.base import Stage, WorldModel, build_model
+from ..models.base import Stage, WorldModel, build_model, without_values
 from ..settings import Settings, read_json, write_json, writing
 from ..training.parts import read_result
 
@@ -85,9 +85,7 @@ def count_flops(
     return counter.get_total_flops()
 
 def _blank(world: WorldModel, settings: Settings) -> WorldModel:  # the same, untrained, without numbers
-    quiet = warnings.catch_warnings(action="ignore")
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet:
-        return build_model(world.registered, settings, world.spec).to("meta")
+    with without_values(): return build_model(world.registered, settings, world.spec).to("meta")
 
 # %% ../../nbs/4_eval/46_costs.ipynb #cost0014
 def _actions(world: WorldModel, size: int, steps: int) -> Tensor:  # (B, T) or (B, T, A), without numbers

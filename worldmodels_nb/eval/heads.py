@@ -156,6 +156,7 @@ class _Rest(Trainable):  # what is left of the targets, read off (B, 1, 1, P) in
         self.net[0].weight.data += first.T / width**.5
 
     def loss(self, batch: Batch) -> LossTerms:
+        "Squared error."
         return LossTerms(F.mse_loss(self.net(readout(batch.latents)), batch.states), {})
 
 # %% ../../nbs/4_eval/42_heads.ipynb #c45c138d

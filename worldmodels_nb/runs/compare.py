@@ -23,7 +23,8 @@ from .joined import COMPARED, join_rows, setting_differences, strip_rows
 from .reopen import find_run, shown_name
 from .report import CURVES, IMAGINED, TRAINING
 from .seeds import HEADLINES, difference_rows, mean_rows, seed_groups
-from .tables import QUESTIONS, TEMPLATES, few_horizons, question, table_html
+from .tables import TEMPLATES, at_few_horizons, few_horizons, protocols, question
+from .tables import table_html
 from .verdict import READINGS
 from ..settings import SettingsError, one_line, shorten, write_whole, writing
 from ..training.callbacks import read_metrics
@@ -129,8 +130,7 @@ def table(self: Comparison,
     runs = list(self.folders)
     rows = [row for row in self.rows if row["protocol"] == protocol and row["kind"] in kinds]
     if asked:
-        kept = {0, *few_horizons([row["horizon"] for row in rows if row["horizon"]], 3)}
-        rows = [row for row in rows if row["horizon"] in kept and question(protocol).name(row["metric"])]
+        rows = [row for row in at_few_horizons(rows) if question(protocol).name(row["metric"])]
     return COMPARED.render(runs=runs, lines=join_rows(rows, runs[0], self.errors))
 
 @patch
@@ -220,13 +220,9 @@ def _part(title: str, words: str, figures: dict[str, Picture], tables: dict[str,
     shown = {name: base64.b64encode(png_bytes(figure)).decode() for name, figure in figures.items()}
     return dict(title=title, words=words, pictures=shown, tables=tables)
 
-def _protocols(rows: list[dict[str, Any]]) -> list[str]:  # in the order of the questions
-    there = dict.fromkeys(row["protocol"] for row in rows)
-    return sorted(there, key=lambda name: [*QUESTIONS, name].index(name))
-
 def _result_parts(self: Comparison) -> list[dict[str, Any]]:
     parts = []
-    for protocol in _protocols(self.rows):
+    for protocol in protocols(self.rows):
         asked, own = question(protocol), [row for row in self.rows if row["protocol"] == protocol]
         drawn = dict.fromkeys(row["metric"] for row in own if row["horizon"] and not row["head"])
         figures = {metric: self.horizons(metric) for metric in drawn if metric.endswith("_ratio")}
@@ -240,7 +236,7 @@ def _result_parts(self: Comparison) -> list[dict[str, Any]]:
 def _seed_part(self: Comparison, runs: list[str]) -> dict[str, Any]:
     tables, means = {}, mean_rows(self.rows, runs)
     apart = difference_rows(self.rows, runs, HEADLINES)
-    for protocol in _protocols(means):
+    for protocol in protocols(means):
         asked = question(protocol)
         tables[asked.title] = table_html(means, protocol, asked.metrics)
         names = {metric: f"{name}, difference" for metric, name in asked.metrics.items()}

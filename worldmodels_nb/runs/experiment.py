@@ -9,14 +9,13 @@ __all__ = ['data_spec', 'blank_models', 'check_data', 'check_experiment', 'run_s
 import os, time, warnings
 from contextlib import closing
 from typing import Any
-import torch
 from ..data.datasets import Dataset, NoWindows, dataset_name, make_dataset
 from ..data.envs import FrameEnv
 from ..data.episodes import DataSpec
 from ..data.ppo import load_agent
 from ..data.progress import progress_bar
 from ..eval.rollouts import evaluation_horizons
-from ..models.base import Stage, WorldModel, build_model, check_model
+from ..models.base import Stage, WorldModel, build_model, check_model, without_values
 from .claim import release_run
 from .evaluation import evaluate_model, pixel_part
 from .folder import STAGES, STATUS_SCHEMA, check_names, read_status, write_status
@@ -60,8 +59,7 @@ def blank_models(
     spec: DataSpec,      # shapes of frames, actions and states
 ) -> dict[str, WorldModel]:  # by name
     "Every model of a run without values: nothing but shapes. Raises `SettingsError`, `ModelError`."
-    quiet = warnings.catch_warnings(action="ignore")  # weights that are read have no place to go
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet:
+    with without_values():
         worlds = {name: build_model(name, settings, spec).to("meta") for name in settings.run.models}
         for name, world in worlds.items(): _check_once(name, world, settings)
     for name, world in worlds.items(): _check_memory(name, world)

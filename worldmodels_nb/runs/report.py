@@ -19,7 +19,7 @@ from .figures import film_figure, filmstrip_rows, horizon_figures, latent_figure
 from .figures import training_figures
 from .folder import AGAIN, PROVENANCE_SCHEMA, RunError, RunFolder
 from .folder import read_evaluation, read_models, run_record, read_settings
-from .tables import QUESTIONS, TEMPLATES, GLOSSARY, question, table_html
+from .tables import TEMPLATES, GLOSSARY, protocols, question, table_html
 from .verdict import verdict
 from ..settings import read_text, write_whole
 from ..training.parts import read_result
@@ -120,8 +120,7 @@ def report_parts(
 ) -> list[dict[str, Any]]:       # title, words, pictures, table, …; figures are also saved to pictures/
     "Everything between the verdict and the settings at the page's end. Raises `RunError`."
     drawn, parts = horizon_figures(facts.rows), [film_part(folder, models)]
-    there = dict.fromkeys(row["protocol"] for row in facts.rows)
-    for protocol in sorted(there, key=lambda name: [*QUESTIONS, name].index(name)):
+    for protocol in protocols(facts.rows):
         parts.append(result_part(folder, facts.rows, protocol, drawn.get(protocol, {})))
     if (maps := latent_figure(folder, models)) is not None:
         picture = picture_part(folder, "latents", maps, "Latents of validation frames, in two directions.")
