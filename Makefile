@@ -19,11 +19,12 @@ help:
 	@echo "make demo | run | lab | test | style | bench | sample | readme | docs | export"
 
 .venv/core: pyproject.toml constraints.txt jupyter_server_config.py
+	@mkdir -p .venv && date +%s > .venv/began
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	mkdir -p .venv/etc/jupyter .venv/share/jupyter/lab/settings && cp jupyter_server_config.py .venv/etc/jupyter/
 	echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > .venv/share/jupyter/lab/settings/overrides.json
-	touch $@
+	echo "Environment: $$(($$(date +%s) - $$(cat .venv/began))) s" > $@
 
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,cluster,trackio,lerobot,atari,ppo,minari,wandb,hf]"
@@ -40,9 +41,9 @@ demo run: .venv/core
 experiment:
 	@mkdir -p $(RUNS)
 	@grep -qs '"finished"' "$(RUNS)/$$RUN/status.json" || $(BIN)/papermill nbs/7_run/70_run_experiment.ipynb "$(RUNS)/$$RUN.ipynb" --no-progress-bar --stdout-file - --stderr-file - -r run "$$RUN" -r preset "$$PRESET"
-	$(BIN)/papermill nbs/7_run/71_run_report.ipynb "$(RUNS)/$$RUN.report.ipynb" --no-progress-bar -r run "$$RUN"
+	$(BIN)/papermill nbs/7_run/71_run_report.ipynb "$(RUNS)/$$RUN.report.ipynb" --no-progress-bar --stdout-file - -r run "$$RUN"
 	@if [ -f "$(RUNS)/$$RUN.ipynb" ]; then mv "$(RUNS)/$$RUN.ipynb" "$(RUNS)/$$RUN/run.ipynb"; fi; rm -f "$(RUNS)/$$RUN.report.ipynb"
-	@echo "The report: $(RUNS)/$$RUN/report.html"
+	@cat .venv/core; echo "The report: $(RUNS)/$$RUN/report.html"
 
 # On loopback, and with a token; that is why root may start it too, as in a container
 lab: .venv/core

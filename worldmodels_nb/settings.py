@@ -535,6 +535,9 @@ class ActionSettings(ModelRecipe):
         "vjepa2.action.window_steps", "steps", ge=1, le=256)
     loss_exponent: float = knob(
         2.0, "p: errors count as |error|^p / p; the paper's 1 overlooks small things that move", ge=1, le=2)
+    residual: bool = knob(
+        False, "predict the change of the tokens, which begins at none, and not the tokens anew as the paper "
+        "does: what stands still, other walls in every episode, need not be learnt by heart")
     dim: int = knob(64, "width of the transformer", ge=6, le=4096)
     depth: int = knob(2, "blocks", "blocks", ge=1, le=64)
     heads: int = knob(

@@ -215,8 +215,8 @@ Features = np.ndarray | Callable[[np.ndarray], Tensor]  # (n, N, D); or a functi
 def probe_frames(
     width: int,  # K = N·D: of a readout
 ) -> int:        # how many frames a probe of it is fitted on
-    "As many as are quickly solved: n · K · min(n, K) ≤ 2³⁴, and no more than 2²⁵ numbers."
-    solved = max(2**34 // width**2, math.isqrt(2**34 // width))
+    "As many as are quickly solved: n · K · min(n, K) ≤ 2³⁶, and no more than 2²⁵ numbers."
+    solved = max(2**36 // width**2, math.isqrt(2**36 // width))
     return min(PROBE_FRAMES, solved, max(2**25 // width, 2))
 
 def _readouts(latents: Features, rows: np.ndarray) -> Tensor:  # (m, K)

@@ -138,12 +138,13 @@ class WorldModelTransformer(ActionConditionedPredictor, Trainable):
         width: int,             # D: width of the encoder's tokens
         grid: tuple[int, int],  # rows and columns of a frame's N tokens
         action: ActionSpec,     # what actions look like
-        s: ActionSettings,      # its sizes; for its loss teacher_forcing, rollout_steps, loss_exponent
+        s: ActionSettings,      # its sizes, residual; for its loss teacher_forcing, rollout_steps, loss_exponent
     ):
         conditions = dict(action_encoder=ActionEmbedding(action, s.dim))
         super().__init__(width, grid, conditions, s.dim, s.depth, s.heads, s.mlp_ratio, s.context_length)
         if not self.action_encoder.discrete:
             nn.init.trunc_normal_(self.action_encoder.embed.bias, std=_fresh_std(s.dim))
+        if s.residual: nn.init.zeros_(self.predictor_proj.weight)          # at first, nothing changes
         self.settings = s
 
 # %% ../../nbs/3_models/36_action_conditioned.ipynb #vjepa2-027
@@ -217,3 +218,14 @@ def loss(self: WorldModelTransformer,
         rolled = self._rolled(forced[:, :1], cache.first(1), a)
         terms["rollout"] = mean_error(rolled, z[:, 1:rolled.shape[1] + 1], p)
     return weighted(terms, dict(teacher_forcing=r, rollout=1 - r, ratio=0.0))
+
+# %% ../../nbs/3_models/36_action_conditioned.ipynb #res00002
+@patch
+def forward_cached(self: WorldModelTransformer,
+    z: Tensor,                      # tokens of T new steps (B, T, N, D)
+    *conditions: Tensor,            # what was done in each of them, (B, T, …) each
+    cache: KVCache | None = None,   # of the steps before; None begins
+) -> tuple[Tensor, KVCache]:        # (B, T, N, D), not normed; the cache with the new steps
+    "The network on steps that follow remembered ones; with `vjepa2.action.residual` it says what changes."
+    said, cache = super(WorldModelTransformer, self).forward_cached(z, *conditions, cache=cache)
+    return (z + said if self.settings.residual else said), cache

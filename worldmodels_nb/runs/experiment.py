@@ -18,7 +18,8 @@ from ..eval.rollouts import evaluation_horizons
 from ..models.base import Stage, WorldModel, build_model, check_model, without_values
 from .claim import release_run
 from .evaluation import evaluate_model, pixel_part
-from .folder import STAGES, STATUS_SCHEMA, check_names, read_status, write_status
+from .facts import stage_seconds
+from .folder import STAGES, STATUS_SCHEMA, RunFolder, check_names, read_status, write_status
 from .heads import train_heads
 from .training import RunData, Session, Watch, ensure_data, load_stage, split_data
 from .training import stage_windows, start_session, train_models, train_stage_alone
@@ -144,13 +145,20 @@ def _note_failure(session: Session, stage: str, error: BaseException) -> None:
     finally: release_run(session.folder)
     session.tracker.finish("failed")
 
+def _note_seconds(folder: RunFolder, stage: str, took: float) -> None:
+    told = stage_seconds(folder)
+    write_status(folder, seconds=told | {stage: round(told.get(stage, 0) + took, 1)})
+
 def run_stage(
     session: Session,  # of the run
     stage: str,        # data, train, heads, evaluate, or the name of a model's stage
 ) -> None:
     "Run one stage, if the settings ask for it. A failure is written to status.json, and raised."
     if session.finished or stage not in session.settings.run.stages: return
-    try: _work(session, stage)
+    began = time.perf_counter()
+    try:
+        _work(session, stage)
+        _note_seconds(session.folder, stage, time.perf_counter() - began)
     except BaseException as error:
         _note_failure(session, stage, error)
         raise
@@ -162,7 +170,8 @@ def finish_run(
     "Mark the stages as done, and let other processes in."
     if session.finished: return read_status(session.folder)
     done = sorted({*read_status(session.folder)["stages"], *session.settings.run.stages})
-    status = dict(status="finished", stages=done, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    status = dict(status="finished", stages=done, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                  seconds=stage_seconds(session.folder))
     status = write_json(session.folder.path / "status.json", status, STATUS_SCHEMA)
     release_run(session.folder)
     session.tracker.finish()
