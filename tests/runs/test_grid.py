@@ -47,6 +47,14 @@ def test_a_preset_may_be_an_axis():
     assert all("preset" not in cell.overrides for cell in cells)
 
 
+def test_axes_that_go_together_may_repeat_a_value_but_not_a_run():
+    zipped = [{"preset": ["smoke", "smoke", "demo"], "loss.jepa": [1.0, 0.0, 1.0]}]
+    given = dict(name="g", fixed={"run.models": ["jepa"]}, zipped=zipped)
+    assert [cell.preset for cell in read_grid(given).cells] == ["smoke", "smoke", "demo"]
+    with pytest.raises(GridError, match="duplicate run"):
+        read_grid(given | dict(zipped=[{"preset": ["smoke", "smoke"], "loss.jepa": [1.0, 1.0]}]))
+
+
 def test_a_name_is_that_of_the_experiment_and_of_nothing_else():
     names = {cell.run for cell in read_grid(SEEDS).cells}
     more = SEEDS | dict(fixed=SEEDS["fixed"] | {"run.dir": "elsewhere", "data.dir": "there"},

@@ -79,11 +79,11 @@ def _check_shape(given: Any) -> list[str]:
                       "use at most 60 letters, digits, - and _")
     if faults: return faults
     groups = [given.get("axes", {}), *given.get("zipped", [])]
-    faults = [fault for group in groups for fault in _check_axes(group)]
+    faults = [fault for k, group in enumerate(groups) for fault in _check_axes(group, zipped=k > 0)]
     return faults or _check_groups(given)
 
 # %% ../../nbs/5_runs/57_grid.ipynb #958564cb
-def _check_axes(group: Any) -> list[str]:
+def _check_axes(group: Any, zipped: bool) -> list[str]:
     if not isinstance(group, dict): return [f"axes are a mapping, not {shorten(group)}"]
     faults = []
     for key, values in group.items():
@@ -91,7 +91,7 @@ def _check_axes(group: Any) -> list[str]:
         if not isinstance(values, list):
             faults.append(f"axis {shorten(key)} must be a list of values, not {shorten(values)}")
         elif not values: faults.append(f"axis {shorten(key)} is empty; give it a value, or leave it out")
-        elif len(set(map(repr, values))) < len(values):
+        elif not zipped and len(set(map(repr, values))) < len(values):
             faults.append(f"axis {shorten(key)} has a value twice: {shorten(values)}")
     return faults
 

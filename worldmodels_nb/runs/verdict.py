@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 from ..eval.collapse import collapse_words
+from ..eval.costs import unmatched
 from .facts import Facts, paired_difference
 from .tables import short_number
 
@@ -176,13 +177,13 @@ _MATCHED = {"parameters trainable": "trainable parameters of encoder and predict
 
 def not_matched(
     facts: Facts,            # of a run
-    tolerance: float = .05,  # share by which the largest may exceed the smallest
+    tolerance: float = .05,  # share by which one may differ from the middle one
 ) -> list[str]:
     "In what models differ that are to be compared with an equal budget."
     said = []
     for metric, words in _MATCHED.items():
         found = {model: row["value"] for model, row in facts.own(metric).items()}
-        if len(found) < 2 or max(found.values()) <= (1 + tolerance) * min(found.values()): continue
+        if not found or not unmatched(found, tolerance)[1]: continue
         numbers = _listed(f"{model} {short_number(value)}" for model, value in found.items())
         said.append(f"Not matched are {words}, by more than {tolerance:.0%}: {numbers}.")
     return said
