@@ -104,11 +104,12 @@ def test_mask_equals_the_plain_rule(steps, kept, tokens, context):
 
 @KINDS
 @pytest.mark.parametrize("context", [1, 2, 4])
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth, residual", [(1, False), (3, False), (2, True)])
 @torch.no_grad()
-def test_rollout_with_a_cache_equals_one_without(action, context, depth):
+def test_rollout_with_a_cache_equals_one_without(action, context, depth, residual):
+    sizes = dict(context_length=context, depth=depth, rollout_steps=1, size=0.05, residual=residual)
     model, (z, actions) = (
-        transformer(action, context_length=context, depth=depth, rollout_steps=1, size=0.05),
+        transformer(action, **sizes),
         some(action, context + 2 + 16),
     )
     for T0, H in itertools.product(range(1, context + 3), (1, 2, 5, 16)):
@@ -117,6 +118,18 @@ def test_rollout_with_a_cache_equals_one_without(action, context, depth):
         torch.testing.assert_close(
             model.rollout(z[:, :T0], actions[:, : T0 - 1 + H]), wanted, rtol=0, atol=1e-5
         )
+
+
+@KINDS
+@torch.no_grad()
+def test_a_residual_prediction_is_what_was_there_and_what_the_network_says(action):
+    model, plain = transformer(action, residual=True), transformer(action)
+    plain.load_state_dict(model.state_dict())
+    z, actions = some(action, 4)
+    torch.testing.assert_close(model(z, actions), z + plain(z, actions), rtol=0, atol=1e-6)
+    fresh = WorldModelTransformer(WIDTH, GRID, action, ac(residual=True))  # at first, nothing changes
+    still = z[:, 1:2].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(fresh.rollout(z[:, :2], actions), still, rtol=0, atol=1e-4)
 
 
 @KINDS

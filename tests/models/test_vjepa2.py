@@ -350,3 +350,10 @@ def test_every_stacked_frame_is_seen(name, stack, own):
 def test_a_clip_holds_whole_tubelets(clip, tubelet, stack, whole):
     own = tiny(**{"vjepa2.pretrain": {"frames": clip, "tubelet_size": tubelet}}).vjepa2.pretrain
     assert own.clip(stack) == whole
+
+
+def test_the_untrained_baseline_refuses_an_encoder_that_has_learnt():
+    settings = make_settings({"vjepa2.pretrain": {"pretrained": "somewhere.pt"}})
+    with pytest.raises(SettingsError, match="vjepa2.pretrain.pretrained.*run.models") as refused:
+        build_model("vjepa2_untrained", settings, DataSpec((3, 64, 64), CONTINUOUS, [], []))
+    assert "\n" not in str(refused.value)

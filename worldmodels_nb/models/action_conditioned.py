@@ -138,7 +138,7 @@ class WorldModelTransformer(ActionConditionedPredictor, Trainable):
         width: int,             # D: width of the encoder's tokens
         grid: tuple[int, int],  # rows and columns of a frame's N tokens
         action: ActionSpec,     # what actions look like
-        s: ActionSettings,      # its sizes, residual; for its loss teacher_forcing, rollout_steps, loss_exponent
+        s: ActionSettings,      # sizes, residual; for its loss teacher_forcing, rollout_steps, loss_exponent
     ):
         conditions = dict(action_encoder=ActionEmbedding(action, s.dim))
         super().__init__(width, grid, conditions, s.dim, s.depth, s.heads, s.mlp_ratio, s.context_length)

@@ -119,7 +119,16 @@ def loss(self: VJEPA2WorldModel,
 # %% ../../nbs/3_models/37_vjepa2.ipynb #vj011
 @register("vjepa2_untrained", color="#B39CB0", stages=("action",))
 class UntrainedEncoderVJEPA2(VJEPA2WorldModel):
-    "A baseline: stage 2 of V-JEPA 2 on an encoder that has learnt nothing."
+    "A baseline: stage 2 of V-JEPA 2 on an encoder that has learnt nothing. Raises `SettingsError`."
+    def __init__(self,
+        settings: Settings,  # as of V-JEPA 2
+        spec: DataSpec,      # shapes of frames and actions
+    ):
+        if given := settings.vjepa2.pretrain.pretrained:
+            raise SettingsError(f"'vjepa2.pretrain.pretrained' = {given!r} gives an encoder that has learnt; "
+                                "set it to null, or take vjepa2_untrained out of run.models")
+        super().__init__(settings, spec)
+
     def stages(self) -> list[Stage]:
         "Stage 2 alone."
         return super().stages()[1:]
