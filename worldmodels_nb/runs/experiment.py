@@ -19,7 +19,8 @@ from ..models.base import Stage, WorldModel, build_model, check_model, without_v
 from .claim import release_run
 from .evaluation import evaluate_model, pixel_part
 from .facts import stage_seconds
-from .folder import STAGES, STATUS_SCHEMA, RunFolder, check_names, read_status, write_status
+from .folder import STAGES, STATUS_SCHEMA, RunFolder, check_names
+from .folder import read_status, write_status
 from .heads import train_heads
 from .training import RunData, Session, Watch, ensure_data, load_stage, split_data
 from .training import stage_windows, start_session, train_models, train_stage_alone
