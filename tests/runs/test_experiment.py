@@ -44,11 +44,13 @@ from worldmodels_nb import viz
 from worldmodels_nb.data import episodes
 from worldmodels_nb.data.episodes import DatasetError
 from worldmodels_nb.eval import latents
+from worldmodels_nb.eval.costs import stage_result
 from worldmodels_nb.models.base import MODELS
 from worldmodels_nb.models.encdec import EncoderDecoder
 from worldmodels_nb.models.jepa import JEPA
 from worldmodels_nb.nn.regularizer import TERMS
 from worldmodels_nb.runs import evaluation
+from worldmodels_nb.runs.facts import part_seconds, stage_seconds
 from worldmodels_nb.runs.folder import STAGES, RunFolder, read_models, read_status
 from worldmodels_nb.runs.report import write_report
 from worldmodels_nb.settings import SettingsError, load_settings
@@ -439,3 +441,23 @@ def test_a_report_needs_neither_the_model_nor_the_term(own_run):
     done = subprocess.run([sys.executable, "-c", code, own_run], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["#123456"] and bytes_of(own_run) == before
+
+
+def test_a_run_says_where_its_time_went_and_adds_up_its_sessions(tmp_path):
+    first = RunFolder(run_in(tmp_path, models=("jepa", "vjepa2")))
+    took, parts = stage_seconds(first), part_seconds(first)
+    assert list(took) == list(STAGES) and min(took.values()) >= 0
+    assert list(parts) == ["data", "jepa", "vjepa2/pretrain", "vjepa2/action", "heads", "evaluate"]
+    assert parts["vjepa2/action"] >= stage_result(first.part("vjepa2", "action"))["encoding"] > 0
+    before = read_status(first) | dict(status="begun", stages=[], seconds=dict(data=1000.0))
+    (first.path / "status.json").write_text(json.dumps(before), encoding="utf-8")
+    again = go("mine", small(tmp_path, models=("jepa", "vjepa2")))
+    assert stage_seconds(again.folder)["data"] >= 1000
+
+
+@pytest.mark.parametrize("damage", [3, [1.0], dict(data="long"), "soon"])
+def test_seconds_that_are_none_are_said_to_be_damaged(tmp_path, damage):
+    folder = RunFolder(tmp_path)
+    told = dict(schema_version=1, status="begun", stages=[], seconds=damage)
+    (tmp_path / "status.json").write_text(json.dumps(told), encoding="utf-8")
+    with refused(ValueError, "status.json", "seconds"): stage_seconds(folder)
