@@ -300,7 +300,9 @@ def test_runs_without_any_result_can_be_compared(runs):
                                   "models/encdec/evaluation.json", "models/encdec/evaluation.npz"])
 def test_a_damaged_run_is_one_sentence_with_the_file(name, copies):
     content = (copies / "second" / name).read_bytes()
-    (copies / "second" / name).write_bytes(content[:len(content) // 2])
+    half = len(content) // 2
+    if name == "settings.ini": half = content.rindex(b"=", 0, half) + 1  # cut in a line: lines are whole
+    (copies / "second" / name).write_bytes(content[:half])
     with refused(RunError, "second", name.rpartition("/")[2]): compare(["first", "second"], copies)
 
 
