@@ -123,6 +123,14 @@ def bytes_of(folder) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
+def cut_short(path) -> None:
+    "Half of a file remains; of settings it ends within a line, since whole lines are a whole file."
+    content = path.read_bytes()
+    half = len(content) // 2
+    if path.suffix == ".ini": half = content.rindex(b"=", 0, half) + 1
+    path.write_bytes(content[:half])
+
+
 @contextmanager
 def refused(kind, *words):
     "One sentence with these words in it."

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from run_tools import ROOT, SMALL, TWO, Page, bytes_of, go, inside, refused
+from run_tools import ROOT, SMALL, TWO, Page, bytes_of, cut_short, go, inside, refused
 
 from worldmodels_nb.runs.compare import compare, write_comparison
 from worldmodels_nb.runs.facts import read_rows
@@ -299,10 +299,7 @@ def test_runs_without_any_result_can_be_compared(runs):
 @pytest.mark.parametrize("name", ["settings.ini", "status.json", "models.json", "provenance.json",
                                   "models/encdec/evaluation.json", "models/encdec/evaluation.npz"])
 def test_a_damaged_run_is_one_sentence_with_the_file(name, copies):
-    content = (copies / "second" / name).read_bytes()
-    half = len(content) // 2
-    if name == "settings.ini": half = content.rindex(b"=", 0, half) + 1  # cut in a line: lines are whole
-    (copies / "second" / name).write_bytes(content[:half])
+    cut_short(copies / "second" / name)
     with refused(RunError, "second", name.rpartition("/")[2]): compare(["first", "second"], copies)
 
 
