@@ -24,7 +24,7 @@ help:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	mkdir -p .venv/etc/jupyter .venv/share/jupyter/lab/settings && cp jupyter_server_config.py .venv/etc/jupyter/
 	echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > .venv/share/jupyter/lab/settings/overrides.json
-	echo "Environment: $$(($$(date +%s) - $$(cat .venv/began))) s" > $@
+	@echo "Environment: $$(($$(date +%s) - $$(cat .venv/began))) s, when it was made" > $@
 
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,cluster,trackio,lerobot,atari,ppo,minari,wandb,hf]"

@@ -71,15 +71,17 @@ class ActionConditionedPredictor(nn.Module):
         mlp_ratio: float = 4.0,            # width of each block's MLP, in dim
         context_length: int = 8,           # L: steps a token looks back at, its own counted
         tiled: bool = False,               # turn as the released weights do, not properly
+        residual: bool = False,            # add what the network says to what was there; it begins at nothing
     ):
         super().__init__()
         self.grid, self.head_dim, self.context_length = grid, dim // heads, context_length
-        self.conditions, self.tiled = list(conditions), tiled
+        self.conditions, self.tiled, self.residual = list(conditions), tiled, residual
         self.predictor_embed = nn.Linear(width, dim)
         for name, module in conditions.items(): self.add_module(name, module)
         self.predictor_blocks = nn.ModuleList(RotaryBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm, self.predictor_proj = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, width)
         init_weights(self, self.predictor_blocks, _fresh_std(dim))
+        if residual: nn.init.zeros_(self.predictor_proj.weight)
 
     def forward(self,
         z: Tensor,            # tokens of T steps (B, T, N, D), layer-normed
@@ -129,7 +131,8 @@ def forward_cached(self: ActionConditionedPredictor,
         x, now = block.forward_cached(x, tables, mask, before)
         extended.append(now)
     patches = x.unflatten(1, (T, K))[:, :, len(tokens):]                         # (B, T, N, dim)
-    return self.predictor_proj(self.predictor_norm(patches)), KVCache(past.steps + T, K, extended)
+    said = self.predictor_proj(self.predictor_norm(patches))
+    return (z + said if self.residual else said), KVCache(past.steps + T, K, extended)
 
 # %% ../../nbs/3_models/36_action_conditioned.ipynb #vjepa2-021
 class WorldModelTransformer(ActionConditionedPredictor, Trainable):
@@ -141,10 +144,10 @@ class WorldModelTransformer(ActionConditionedPredictor, Trainable):
         s: ActionSettings,      # sizes, residual; for its loss teacher_forcing, rollout_steps, loss_exponent
     ):
         conditions = dict(action_encoder=ActionEmbedding(action, s.dim))
-        super().__init__(width, grid, conditions, s.dim, s.depth, s.heads, s.mlp_ratio, s.context_length)
+        super().__init__(width, grid, conditions, s.dim, s.depth, s.heads, s.mlp_ratio, s.context_length,
+                         residual=s.residual)
         if not self.action_encoder.discrete:
             nn.init.trunc_normal_(self.action_encoder.embed.bias, std=_fresh_std(s.dim))
-        if s.residual: nn.init.zeros_(self.predictor_proj.weight)          # at first, nothing changes
         self.settings = s
 
 # %% ../../nbs/3_models/36_action_conditioned.ipynb #vjepa2-027
@@ -218,14 +221,3 @@ def loss(self: WorldModelTransformer,
         rolled = self._rolled(forced[:, :1], cache.first(1), a)
         terms["rollout"] = mean_error(rolled, z[:, 1:rolled.shape[1] + 1], p)
     return weighted(terms, dict(teacher_forcing=r, rollout=1 - r, ratio=0.0))
-
-# %% ../../nbs/3_models/36_action_conditioned.ipynb #res00002
-@patch
-def forward_cached(self: WorldModelTransformer,
-    z: Tensor,                      # tokens of T new steps (B, T, N, D)
-    *conditions: Tensor,            # what was done in each of them, (B, T, …) each
-    cache: KVCache | None = None,   # of the steps before; None begins
-) -> tuple[Tensor, KVCache]:        # (B, T, N, D), not normed; the cache with the new steps
-    "The network on steps that follow remembered ones; with `vjepa2.action.residual` it says what changes."
-    said, cache = super(WorldModelTransformer, self).forward_cached(z, *conditions, cache=cache)
-    return (z + said if self.settings.residual else said), cache

@@ -8,11 +8,12 @@ __all__ = ['IDENTITY', 'read_rows', 'comparison_csv', 'Facts', 'run_arrays', 're
 
 # %% ../../nbs/5_runs/54_facts.ipynb #aa6b1f76
 import csv, io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import numpy as np
-from ..eval.costs import stage_result
+from ..eval.costs import encoding_seconds
 from ..eval.results import COLUMNS, EvaluationError, bootstrap_difference
 from .folder import AGAIN, RunError, RunFolder, read_evaluation, read_models, read_status
 from ..settings import read_arrays
@@ -80,16 +81,20 @@ def run_arrays(
     try: return read_arrays(path, AGAIN, names)
     except ValueError as error: raise RunError(str(error)) from None
 
+def _finished_stages(folder: RunFolder) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    "Name such as jepa or vjepa2/action, folder and result of each stage that was trained to its end."
+    for model, about in read_models(folder).items():
+        for stage in about["stages"]:
+            path, name = folder.part(model, stage), model if stage == "world" else f"{model}/{stage}"
+            if result := read_result(path): yield name, path, result
+
 def read_facts(
     folder: RunFolder,  # of a run that has been evaluated
 ) -> Facts:
     "Everything a verdict is made from; loads no model. Raises `RunError`, `TrainingError`."
     rows, stages, models = read_rows(folder), {}, read_models(folder)
-    for model, stage in ((model, stage) for model, about in models.items() for stage in about["stages"]):
-        if (result := read_result(folder.part(model, stage))) is None: continue
-        path = folder.part(model, stage) / "metrics.jsonl"
-        told = read_metrics(path) if path.exists() else []
-        name = model if stage == "world" else f"{model}/{stage}"
+    for name, path, result in _finished_stages(folder):
+        told = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
         stages[name] = result | dict(validations=sum("val/total" in line for line in told),
                                      skill=last_skill(told))
     evaluated = dict.fromkeys(row["model"] for row in rows if row["model"] in models)
@@ -134,12 +139,8 @@ def part_seconds(
     folder: RunFolder,   # of a run, finished or not
 ) -> dict[str, float]:   # data, each part that was trained, heads, evaluate
     "Where the time of a run went, in order; training by part. Raises `RunError`, `TrainingError`."
-    told, parts = stage_seconds(folder), {}
-    for model, about in read_models(folder).items():
-        for stage in about["stages"]:
-            if not read_result(folder.part(model, stage)): continue
-            result = stage_result(folder.part(model, stage))
-            parts[f"{model}/{stage}"] = result["seconds"] + result["encoding"]
-    parts = {name.removesuffix("/world"): took for name, took in parts.items()}
-    ends = {name: told[name] for name in ("heads", "evaluate") if name in told}
-    return {name: told[name] for name in ("data",) if name in told} | parts | ends
+    told = stage_seconds(folder)
+    parts = {name: result["seconds"] + encoding_seconds(path)
+             for name, path, result in _finished_stages(folder)}
+    def _stages(*names): return {name: told[name] for name in names if name in told}
+    return _stages("data") | parts | _stages("heads", "evaluate")
